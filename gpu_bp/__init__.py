@@ -1,0 +1,50 @@
+"""gpu_bp: backpropagation for dense networks, on CuPy (CUDA) or NumPy.
+
+import gpu_bp
+result = gpu_bp.train("configs/double-moon.toml")
+result.summary["test"]["errors"]
+"""
+
+from gpu_bp import registry
+from gpu_bp.backends import select
+from gpu_bp.config import Config
+from gpu_bp.config_file import dump_config, load_config, parse_config
+from gpu_bp.data import Dataset, load
+from gpu_bp.data.batches import Batch, Batches, ResidentSource, Source
+from gpu_bp.errors import UserError
+from gpu_bp.gradcheck import check_gradients
+from gpu_bp.model import Model
+from gpu_bp.network import Layer, Layout, Network, Signals
+from gpu_bp.optimizer import Optimizer
+from gpu_bp.step import Objective, Step
+from gpu_bp.trainer import Trainer
+from gpu_bp.training import Result, evaluate, train
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Config",
+    "Dataset",
+    "Layer",
+    "Layout",
+    "Model",
+    "Network",
+    "Objective",
+    "Optimizer",
+    "ResidentSource",
+    "Result",
+    "Signals",
+    "Source",
+    "Step",
+    "Trainer",
+    "UserError",
+    "check_gradients",
+    "dump_config",
+    "evaluate",
+    "load",
+    "load_config",
+    "parse_config",
+    "registry",
+    "select",
+    "train",
+]

@@ -1,0 +1,146 @@
+"""The NumPy backend: the twins of the records, run on slices that fit the cache.
+
+Nothing here makes an array after the first call for a shape: products and formulas write into arrays that the
+caller owns, and scratch arrays are kept by shape.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, Loss, RowActivation, Update
+
+# Elements that a formula works on at a time: its few arrays then stay in a core's second-level cache.
+BLOCK = 16384
+
+
+class Scratch:
+    """Scratch arrays of one shape and dtype, made when first used. See `gpu_bp.spec.Scratch`."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._shape = shape
+        self._dtype = dtype
+
+    def _new(self) -> np.ndarray:
+        return np.empty(self._shape, self._dtype)
+
+    a = cached_property(_new)
+    b = cached_property(lambda self: self._new())
+    c = cached_property(lambda self: self._new())
+    mask = cached_property(lambda self: np.empty(self._shape, np.bool_))
+    row_a = cached_property(lambda self: np.empty((self._shape[0], 1), self._dtype))
+    row_b = cached_property(lambda self: np.empty((self._shape[0], 1), self._dtype))
+    row_index = cached_property(lambda self: np.empty(self._shape[0], np.int64))
+    row_start = cached_property(lambda self: np.arange(self._shape[0]) * self._shape[1])
+
+
+class NumpyBackend:
+    """Arrays in host memory, products by NumPy's BLAS."""
+
+    name = "numpy"
+
+    def __init__(self) -> None:
+        self.device = platform.processor() or platform.machine()
+        self._scratch: dict[tuple[tuple[int, ...], Any], Scratch] = {}
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        return np.zeros(shape, dtype)
+
+    def to_device(self, host: np.ndarray) -> Array:
+        return np.array(host, order="C")
+
+    def to_host(self, array: Array) -> np.ndarray:
+        return np.array(array)
+
+    def gather(self, table: Array, rows: Array, out: Array) -> None:
+        # mode="clip": with "raise", take would write into a copy of out first
+        np.take(table, rows, axis=0, out=out, mode="clip")
+
+    def matmul(self, a: Array, b: Array, out: Array, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
+        np.dot(a.T if transpose_a else a, b.T if transpose_b else b, out=out)
+
+    def activate(
+        self, activation: Activation | RowActivation, net_input: Array, biases: Array | None, output: Array
+    ) -> None:
+        value = activation.value.numpy
+        for (v, y), scratch in self._slices(net_input, output):
+            if biases is not None:
+                np.add(v, biases, out=v)
+            value(v, v if output is net_input else y, scratch, **activation.values)
+
+    def hidden_delta(self, activation: Activation, delta: Array, net_input: Array, output: Array) -> None:
+        x = output if activation.derivative_from == "output" else net_input
+        for (e, x_slice), scratch in self._slices(delta, x):
+            activation.delta.numpy(e, x_slice, e, scratch, **activation.values)
+
+    def output_delta(
+        self,
+        loss: Loss,
+        activation: Activation | RowActivation,
+        net_input: Array,
+        target: Array,
+        output: Array,
+        losses: Array,
+        delta: Array,
+    ) -> None:
+        for (v, d, y, values, e), scratch in self._slices(net_input, target, output, losses, delta):
+            if isinstance(loss, FusedLoss):
+                loss.delta.numpy(v, d, y, values, e, scratch, **loss.values)
+            else:
+                assert isinstance(loss, FreeLoss)
+                assert isinstance(activation, Activation)
+                loss.gradient.numpy(y, d, values, e, scratch, **loss.values)
+                x = y if activation.derivative_from == "output" else v
+                activation.delta.numpy(e, x, e, scratch, **activation.values)
+
+    def column_sums(self, x: Array, out: Array) -> None:
+        np.add.reduce(x, axis=0, out=out)
+
+    def accumulate(self, losses: Array, total: Array) -> None:
+        total[0] += np.add.reduce(losses, axis=None)  # pairwise, so float32 is accurate enough within a batch
+
+    def update(
+        self,
+        record: Update,
+        parameters: Array,
+        gradients: Array,
+        state: Sequence[Array],
+        scale: float,
+        scalars: Mapping[str, float],
+        n_decayed: int,
+    ) -> None:
+        if "weight_decay" not in scalars:
+            self._update(record, (parameters, gradients, *state), scale, scalars)
+            return
+        decayed, exempt = slice(0, n_decayed), slice(n_decayed, None)
+        for part, values in ((decayed, scalars), (exempt, {**scalars, "weight_decay": 0.0})):
+            self._update(record, tuple(x[part] for x in (parameters, gradients, *state)), scale, values)
+
+    def _update(self, record: Update, arrays: tuple[Array, ...], scale: float, scalars: Mapping[str, float]) -> None:
+        for (w, gradient, *state), scratch in self._slices(*arrays):
+            np.multiply(gradient, scale, out=scratch.a)
+            record.update.numpy(w, scratch.a, *state, scratch, **scalars)
+
+    def _slices(self, *arrays: Array) -> Iterator[tuple[tuple[Array, ...], Scratch]]:
+        """The arrays cut into blocks of rows, with scratch arrays of the first one's shape."""
+        first = arrays[0]
+        rows = len(first)
+        step = rows if first.size <= BLOCK else max(1, BLOCK * rows // first.size)
+        if step == rows:
+            yield arrays, self._scratch_like(first)
+            return
+        for start in range(0, rows, step):
+            part = tuple(x[start : start + step] for x in arrays)
+            yield part, self._scratch_like(part[0])
+
+    def _scratch_like(self, array: Array) -> Scratch:
+        key = (array.shape, array.dtype)
+        scratch = self._scratch.get(key)
+        if scratch is None:
+            scratch = self._scratch[key] = Scratch(*key)
+        return scratch

@@ -1,0 +1,237 @@
+"""The command line, `gpu-bp`.
+
+Exit status: 0; 1 where gradients do not agree; 2 with one line `error: ...` for what the user can mend; 130
+after Ctrl-C, with everything written.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from gpu_bp.backends import select
+from gpu_bp.config import Config
+from gpu_bp.config_file import load_config
+from gpu_bp.data import load
+from gpu_bp.errors import UserError
+from gpu_bp.gradcheck import TOLERANCE, check_gradients
+from gpu_bp.model import Model
+from gpu_bp.progress import watch
+from gpu_bp.run_folder import RunFolder
+from gpu_bp.trainer import build_network
+from gpu_bp.training import evaluate as evaluate_run
+from gpu_bp.training import train as train_run
+
+app = typer.Typer(
+    help="Backpropagation for dense networks, on CuPy or NumPy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+BackendOption = Annotated[str, typer.Option(help="auto, numpy or cupy; auto takes a GPU where one computes.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
+ConfigArgument = Annotated[Path, typer.Argument(help="A config file (TOML).")]
+
+
+def main() -> None:
+    """The entry point: runs a command, and turns what it raises into an exit status."""
+    try:
+        status = app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except typer.TyperException as error:
+        _fail(error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has gone, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...")] = None,
+    backend: BackendOption = "auto",
+    run: Annotated[Path | None, typer.Option(help="The run folder; by default runs/NAME-TIME.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> int:
+    """Train a network and leave a run folder."""
+    console = Console(quiet=quiet, highlight=False)
+    parsed = load_config(config, overrides or [])
+    chosen, why = select(backend)
+    console.print(why, markup=False, soft_wrap=True)
+    with _interruptible() as interrupted:
+        result = train_run(parsed, backend=chosen, run=run, watch=watch(console), interrupted=interrupted)
+        stopped = result.summary["stopped"] == "interrupted"
+    for name, metrics in _splits(result.summary):
+        console.print(_sentence(name, metrics), markup=False, soft_wrap=True)
+    if not stopped:
+        from gpu_bp.report import draw
+
+        pictures = draw(RunFolder(result.folder), result.model, load(parsed))
+        console.print("pictures: " + ", ".join(str(path) for path in pictures), markup=False, soft_wrap=True)
+    console.print(f"run folder: {result.folder}", markup=False, soft_wrap=True)
+    return 130 if stopped else 0
+
+
+@app.command()
+def evaluate(run: RunArgument, backend: BackendOption = "auto", as_json: JsonOption = False) -> None:
+    """Compute a run's metrics on its splits again."""
+    result = evaluate_run(run, backend=backend)
+    if as_json:
+        _print_json(result)
+    else:
+        for name, metrics in _splits(result):
+            print(_sentence(name, metrics))
+
+
+@app.command()
+def predict(
+    run: RunArgument,
+    file: Annotated[Path, typer.Argument(help="Raw rows: .csv with a header, or .npy.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="A .csv or .npy file; by default csv, printed.")
+    ] = None,
+    backend: BackendOption = "auto",
+) -> None:
+    """Predict from raw rows, in raw units: values, or class and probabilities."""
+    if out is not None and out.suffix not in (".csv", ".npy"):
+        raise UserError(f"{out}: the output must be a .csv or .npy file")
+    folder = RunFolder.open(run)
+    names, columns = Model.load(folder.model_file, select(backend)[0]).predict(file)
+    try:
+        if out is None:
+            sys.stdout.write(_csv(names, columns))
+        elif out.suffix == ".csv":
+            out.write_text(_csv(names, columns), encoding="utf-8")
+        else:
+            numeric = [column for column in columns if column.dtype.kind in "fiu"]
+            np.save(out, np.stack(numeric, axis=1).astype(np.float64), allow_pickle=False)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}") from None
+
+
+@app.command("check-gradients")
+def check(config: ConfigArgument, as_json: JsonOption = False, rows: Annotated[int, typer.Option(min=1)] = 16) -> int:
+    """Compare backpropagation with central differences at a config's initial parameters."""
+    parsed = load_config(config)
+    dataset = load(parsed)
+    backend, _ = select("numpy")
+    network = build_network(parsed, dataset, backend, dtype="float64")
+    split = dataset.splits["train"]
+    results = check_gradients(network, parsed.loss.record(), split.inputs[:rows], split.targets[:rows])
+    passed = all(worst.passed for worst in results)
+    if as_json:
+        _print_json({"passed": passed, "tolerance": TOLERANCE, "arrays": [worst.to_json() for worst in results]})
+    else:
+        print(
+            f"{'layer':>5}  {'array':<8}  {'error':>9}  {'backprop':>13}  {'differences':>13}  entry, of those checked"
+        )
+        for w in results:
+            entry = f"{list(w.index)}, {w.checked}" + (f" ({w.skipped} on a kink)" if w.skipped else "")
+            print(f"{w.layer:>5}  {w.array:<8}  {w.error:>9.2e}  {w.analytic:>13.6e}  {w.numeric:>13.6e}  {entry}")
+        print("the gradients agree" if passed else f"the gradients do not agree to {TOLERANCE:g}")
+    return 0 if passed else 1
+
+
+@app.command()
+def info(as_json: JsonOption = False) -> None:
+    """Say which versions are here, and which backend would be taken."""
+    backend, why = select("auto")
+    facts = {
+        "gpu_bp": metadata.version("gpu_bp"),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "scipy": metadata.version("scipy"),
+        "cupy": _cupy_version(),
+        "cpus": os.cpu_count(),
+        "backend": backend.name,
+        "device": backend.device,
+        "why": why,
+    }
+    if as_json:
+        _print_json(facts)
+    else:
+        for key, value in facts.items():
+            print(f"{key:<8} {value if value is not None else 'not installed'}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config file."""
+    _print_json(Config.model_json_schema())
+
+
+def _cupy_version() -> str | None:
+    names = (f"cupy-cuda{major}x" for major in (13, 12))
+    return next((f"{metadata.version(name)} ({name})" for name in names if _installed(name)), None)
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@contextmanager
+def _interruptible() -> Iterator[Any]:
+    """Within it the first Ctrl-C is noted, to be asked for; a second one interrupts at once."""
+    noted = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal noted
+        noted = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _splits(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, summary[name]) for name in ("train", "validation", "test") if name in summary]
+
+
+def _sentence(name: str, metrics: dict[str, Any]) -> str:
+    return f"{name:<10}  " + "  ".join(f"{key} {value:.6g}" for key, value in metrics.items())
+
+
+def _csv(names: list[str], columns: list[np.ndarray]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
+    return text.getvalue()
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))

@@ -1,0 +1,334 @@
+"""The typed schema of a config file: every key, its type, its default and what it means.
+
+Reading a file is `config_file.py`; `gpu-bp schema` prints all of this as JSON Schema, for editors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from gpu_bp import registry
+from gpu_bp.errors import UserError
+from gpu_bp.spec import Activation, FusedLoss, Loss, RowActivation, Update
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Rows = Annotated[int, Field(ge=0)]
+Scaling = Literal["none", "standardise", "max-abs"]
+
+
+class Section(BaseModel):
+    """A table of a config file: unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+# data --------------------------------------------------------------------------------------------------------
+
+
+class DataSection(Section):
+    """What every kind of data has. For tables and arrays, these rows are taken from the end, test last."""
+
+    validation_rows: Rows = Field(0, description="rows kept for validation")
+    test_rows: Rows = Field(0, description="rows kept for the test")
+
+
+class DoubleMoon(DataSection):
+    """Two half rings facing each other, to be told apart (Haykin)."""
+
+    kind: Literal["double-moon"]
+    rows: Count = Field(1000, description="training rows")
+    radius: Positive = Field(10.0, description="mean radius of a ring")
+    width: Positive = Field(6.0, description="width of a ring")
+    distance: Finite = Field(-4.0, description="vertical distance between the rings; negative: they interlock")
+    scaling: Scaling = Field("max-abs", description="of the inputs, fitted to the training rows")
+
+    @model_validator(mode="after")
+    def _ring(self) -> DoubleMoon:
+        if self.width > 2 * self.radius:
+            raise ValueError("data.width must be at most twice data.radius")
+        return self
+
+
+class Xor(DataSection):
+    """Exclusive or of two binary inputs."""
+
+    kind: Literal["xor"]
+    rows: Count = Field(4, description="training rows; the four patterns, again and again")
+
+
+class Encoder(DataSection):
+    """The identity on unit vectors, through fewer hidden units."""
+
+    kind: Literal["encoder"]
+    size: Annotated[int, Field(ge=2)] = Field(8, description="length of the patterns, and how many there are")
+    rows: Count | None = Field(None, description="training rows; by default each pattern once")
+
+
+class Linear(DataSection):
+    """A linear function of normal inputs, with normal noise."""
+
+    kind: Literal["linear"]
+    rows: Count = Field(1000, description="training rows")
+    n_inputs: Count = Field(8, description="inputs a row")
+    n_targets: Count = Field(1, description="targets a row")
+    noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.1, description="its standard deviation")
+    scaling: Scaling = Field("none", description="of the inputs, fitted to the training rows")
+
+
+class TableData(DataSection):
+    """A csv file with a header."""
+
+    kind: Literal["table"]
+    path: str = Field(description="the csv file, relative to the working folder")
+    target_columns: Annotated[list[str], Field(min_length=1)] = Field(description="what is to be predicted")
+    drop_columns: list[str] = Field([], description="columns that are not inputs")
+    categorical_columns: list[str] = Field([], description="columns that become one input a category (or the class)")
+    standardise_columns: list[str] | None = Field(
+        None, description="numeric columns to standardise; by default all, the targets too"
+    )
+
+
+class ArrayData(DataSection):
+    """A pair of .npy files."""
+
+    kind: Literal["arrays"]
+    inputs: str = Field(description="the .npy file of the inputs (rows, n_inputs), relative to the working folder")
+    targets: str = Field(description="the .npy file of the targets (rows, n_targets), or (rows,) of class indices")
+    n_classes: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="for class indices; by default the largest of the training rows plus 1"
+    )
+    scaling: Scaling = Field("none", description="of the inputs, fitted to the training rows")
+
+
+Data = Annotated[
+    DoubleMoon | Xor | Encoder | Linear | TableData | ArrayData,
+    Field(discriminator="kind"),
+]
+
+
+# network ---------------------------------------------------------------------------------------------------
+
+
+def _named(value: Any) -> Any:
+    """A bare name stands for a table with that kind."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+def _listed(value: Any) -> Any:
+    """One activation stands for a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+class Choice(Section):
+    """One record by name, and its parameters beside the name: "relu", or {kind = "leaky_relu", slope = 0.1}."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    kind: str
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters given."""
+        return self.model_extra or {}
+
+
+class ActivationChoice(Choice):
+    """An activation by name, and its parameters."""
+
+    kind: str = Field(description=", ".join(registry.ACTIVATIONS))
+
+    @model_validator(mode="after")
+    def _known(self) -> ActivationChoice:
+        self.record()
+        return self
+
+    def record(self) -> Activation | RowActivation:
+        """The activation with its parameters."""
+        return registry.activation(self.kind, **self.parameters)
+
+
+class UniformWeights(Section):
+    """Uniform between two numbers."""
+
+    kind: Literal["uniform"]
+    low: Finite = -0.1
+    high: Finite = 0.1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> UniformWeights:
+        if self.low >= self.high:
+            raise ValueError("low must be less than high")
+        return self
+
+
+class NormalWeights(Section):
+    """Normal with mean 0 and one standard deviation for all layers."""
+
+    kind: Literal["normal"]
+    sd: Positive
+
+
+class ScaledWeights(Section):
+    """Mean 0 and a variance set by the widths: glorot 2 / (n_in + n_out), he 2 / n_in, lecun 1 / n_in."""
+
+    kind: Literal["glorot", "he", "lecun"]
+    distribution: Literal["normal", "uniform"] = "normal"
+
+
+class FileWeights(Section):
+    """Named tensors from a safetensors file, such as the model of another run."""
+
+    kind: Literal["file"]
+    path: str
+
+
+Weights = Annotated[
+    UniformWeights | NormalWeights | ScaledWeights | FileWeights, Field(discriminator="kind"), BeforeValidator(_named)
+]
+Phi = Annotated[ActivationChoice, BeforeValidator(_named)]
+
+
+class NetworkSection(Section):
+    """The layers."""
+
+    hidden: list[Count] = Field([], description="units of each hidden layer; none: a single layer")
+    activation: Annotated[list[Phi], Field(min_length=1), BeforeValidator(_listed)] = Field(
+        [ActivationChoice(kind="tanh")], description="of the hidden layers: one for all, or a list of one a layer"
+    )
+    output_activation: Phi | None = Field(
+        None, description="by default the loss's own, or identity where the loss goes with any"
+    )
+    biases: bool = Field(True, description="whether layers have biases; they start at 0")
+    weights: Weights = Field(ScaledWeights(kind="glorot"), description="the initial weights")
+
+    @model_validator(mode="after")
+    def _one_a_layer(self) -> NetworkSection:
+        if len(self.activation) not in (1, len(self.hidden)):
+            raise ValueError(f"{len(self.activation)} activations are listed for {len(self.hidden)} hidden layers")
+        if any(isinstance(record, RowActivation) for record in self.hidden_activations()):
+            raise ValueError("softmax can only be the output_activation")
+        return self
+
+    def hidden_activations(self) -> list[Activation | RowActivation]:
+        """One record a hidden layer."""
+        listed = self.activation * len(self.hidden) if len(self.activation) == 1 else self.activation
+        return [choice.record() for choice in listed]
+
+
+# loss, optimizer, schedule, training -----------------------------------------------------------------------
+
+
+class LossSection(Choice):
+    """The loss, and its parameters beside its name: {kind = "huber", threshold = 0.5}."""
+
+    kind: str = Field("squared_error", description=", ".join(registry.LOSSES))
+
+    @model_validator(mode="after")
+    def _known(self) -> LossSection:
+        self.record()
+        return self
+
+    def record(self) -> Loss:
+        """The loss with its parameters."""
+        return registry.loss(self.kind, **self.parameters)
+
+
+class OptimizerSection(Choice):
+    """The update rule, and its parameters beside its name: {kind = "adam", learning_rate = 0.001, beta1 = 0.9}."""
+
+    kind: str = Field("sgd", description=", ".join(registry.UPDATES))
+    learning_rate: Positive = Field(description="at the first step")
+
+    @model_validator(mode="after")
+    def _known(self) -> OptimizerSection:
+        self.record()
+        return self
+
+    def record(self) -> Update:
+        """The update rule with its parameters."""
+        return registry.update(self.kind, **self.parameters)
+
+
+class Constant(Section):
+    """The same learning rate throughout."""
+
+    kind: Literal["constant"]
+
+
+class LinearSchedule(Section):
+    """In a straight line to a final rate."""
+
+    kind: Literal["linear"]
+    final: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.0, description="the rate of the last step")
+    steps: Count | None = Field(None, description="over so many steps; by default all of the training's")
+
+
+class FactorSchedule(Section):
+    """Multiplied by a factor in every so many steps: smoothly (exponential), or at once (step)."""
+
+    kind: Literal["exponential", "step"]
+    factor: Annotated[float, Field(gt=0, le=1)]
+    every: Count = Field(description="steps")
+
+
+ScheduleSection = Annotated[
+    Constant | LinearSchedule | FactorSchedule, Field(discriminator="kind"), BeforeValidator(_named)
+]
+
+
+class TrainSection(Section):
+    """How long, and in which batches."""
+
+    epochs: Count | None = Field(None, description="passes over the training rows; either this or steps")
+    steps: Count | None = Field(None, description="steps; either this or epochs")
+    batch_size: Count = Field(32, description="rows a step; more than there are means all")
+    sampling: Literal["shuffled", "ordered", "replacement"] = Field("shuffled", description="which rows a step sees")
+    precision: Literal["float32", "float64"] = Field("float32", description="of all arithmetic")
+    log_every: Count | None = Field(None, description="steps a line of metrics; by default a line an epoch")
+    stop_at_errors: Rows | None = Field(
+        None, description="stop once the training rows have at most so many errors; looked at with every line"
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        return self
+
+
+class Config(Section):
+    """A whole config file."""
+
+    name: str = Field("run", pattern=r"^[\w.-]+$", description="of the run, and so of its folder")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the weights, the order and the data")
+    data: Data
+    network: NetworkSection = NetworkSection()
+    loss: LossSection = LossSection()
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = Constant(kind="constant")
+    train: TrainSection
+
+    def output_activation(self) -> Activation | RowActivation:
+        """The record of the output layer's activation.
+
+        Raises:
+            UserError: one that the loss excludes.
+        """
+        loss, asked = self.loss.record(), self.network.output_activation
+        own = loss.output_activation if isinstance(loss, FusedLoss) else "identity"
+        record = asked.record() if asked else registry.activation(own)
+        if isinstance(loss, FusedLoss) and record.name != own:
+            raise UserError(
+                f"network.output_activation: {loss.name} goes with {own} alone, not {record.name}; leave the key out"
+            )
+        if not isinstance(loss, FusedLoss) and isinstance(record, RowActivation):
+            raise UserError(f"network.output_activation: {record.name} needs loss.kind = 'cross_entropy'")
+        return record
+
+    @model_validator(mode="after")
+    def _output_fits_loss(self) -> Config:
+        self.output_activation()
+        return self

@@ -1,0 +1,154 @@
+"""Config files: TOML in, with `KEY.PATH=VALUE` overrides, and TOML out, complete and with absolute paths."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from gpu_bp.config import Config
+from gpu_bp.errors import UserError
+
+# Keys that name files: made absolute when a config is read.
+PATH_KEYS = (("data", "path"), ("data", "inputs"), ("data", "targets"), ("network", "weights", "path"))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a TOML file. Overrides are `KEY.PATH=VALUE`, VALUE in TOML, or else a string.
+
+    Raises:
+        UserError: no such file, not TOML (which line), an unknown key or name, a wrong type or value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        raw = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"config {path} is not TOML: {error}") from None
+    if not raw:
+        raise UserError(f"config {path} is empty")
+    for override in overrides:
+        _override(raw, override)
+    return parse_config({"name": _run_name(path), **raw}, where=str(path))
+
+
+def parse_config(raw: Mapping[str, Any], where: str = "config") -> Config:
+    """The config in nested tables, as a TOML file holds them; paths are made absolute.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    raw = _absolute(raw)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_describe(error, raw)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The config as TOML: every key, so that it trains the same again."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def _run_name(path: Path) -> str:
+    """A name for the run from the file's: letters, digits, '-', '_' and '.'."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in path.stem) or "run"
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"override {override!r} is not of the form KEY.PATH=VALUE, such as train.epochs=10")
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+        value = parsed["value"] if len(parsed) == 1 else text
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = raw
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a table")
+    table[last] = value
+
+
+def _absolute(raw: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        key: _absolute(value) if isinstance(value, Mapping) else value for key, value in raw.items()
+    }
+    for *parents, last in PATH_KEYS:
+        table: Any = result
+        for part in parents:
+            table = table.get(part) if isinstance(table, dict) else None
+        if isinstance(table, dict) and isinstance(table.get(last), str) and table[last]:
+            table[last] = str(Path(table[last]).absolute())
+    return result
+
+
+def _describe(error: ValidationError, raw: Mapping[str, Any]) -> str:
+    """The first fault of a config in one line: the key, what is wrong, and what would be right."""
+    fault = error.errors(include_url=False)[0]
+    location, kind, message = fault["loc"], fault["type"], fault["msg"].removeprefix("Value error, ")
+    key, context, given = _key(location, raw), fault.get("ctx", {}), fault["input"]
+    if kind == "extra_forbidden":
+        return f"unknown key {key}; {_nearest(str(location[-1]), _known_keys(location[:-1]))}"
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "union_tag_not_found":
+        return f"{key}.kind is missing" if isinstance(given, Mapping) else f"{key} must be a table, not {given!r}"
+    if kind in ("union_tag_invalid", "literal_error"):
+        key, given = (f"{key}.kind", context["tag"]) if "tag" in context else (key, given)
+        names = context.get("expected_tags") or context["expected"]
+        known = [name.strip(" '") for name in re.split(", | or ", names)]
+        return f"{key}: unknown {given!r}; {_nearest(str(given), known)}"
+    if kind != "value_error":
+        message = f"{message[0].lower()}{message[1:]}, not {given!r}"
+    return f"{key}: {message}" if key else message
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}known: {', '.join(known)}"
+
+
+def _key(location: Sequence[str | int], raw: Any) -> str:
+    """The dotted key of a fault, without the kinds that pydantic names on the way."""
+    parts: list[str] = []
+    for part in location:
+        if part == raw or (isinstance(raw, Mapping) and part not in raw and part == raw.get("kind")):
+            continue
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError, TypeError):
+            raw = None
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    """The keys of the table at a fault's location."""
+    models: list[type[BaseModel]] = [Config]
+    for part in location:
+        fields = [model.model_fields[str(part)] for model in models if str(part) in model.model_fields]
+        if fields:
+            models = [model for field in fields for model in _models_in(field.annotation)]
+        elif isinstance(part, str):  # the kind of one member of a union
+            models = [model for model in models if part in get_args(model.model_fields["kind"].annotation)]
+    return sorted({key for model in models for key in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for member in get_args(annotation) for model in _models_in(member)]

@@ -1,0 +1,151 @@
+"""From what the user has to what the network sees, and back: saved with the model, so that both stay one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpu_bp.data.arrays import read_inputs
+from gpu_bp.data.table import Columns, Numeric, Table
+from gpu_bp.data.task import Task
+from gpu_bp.errors import UserError
+from gpu_bp.spec import Loss
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What was fitted to the training rows.
+
+    Either `columns` (a table), or for arrays: inputs are (x - shift) / scale, per column.
+    """
+
+    task: Task
+    columns: Columns | None = None
+    shift: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+
+    def inputs(self, raw: np.ndarray) -> np.ndarray:
+        """Raw inputs (rows, n_inputs) as the network sees them; those of a table are the same."""
+        return raw if self.columns else (raw - np.array(self.shift)) / np.array(self.scale)
+
+    def raw_inputs(self, inputs: np.ndarray) -> np.ndarray:
+        """The inverse of `inputs`."""
+        return inputs if self.columns else inputs * np.array(self.scale) + np.array(self.shift)
+
+    def input_names(self) -> list[str]:
+        """A name for each input of an array; for those of a table, its columns, with the category."""
+        if self.columns is None:
+            return [f"x{k + 1}" for k in range(len(self.shift))]
+        return [name for column in self.columns.inputs for name in column.input_names()]
+
+    def read(self, path: Path) -> np.ndarray:
+        """The network's inputs from a .csv or .npy file of raw rows, as `predict` takes them.
+
+        Raises:
+            UserError: another kind of file, or one that does not fit what the network was trained on.
+        """
+        if path.suffix not in (".csv", ".npy"):
+            raise UserError(f"{path}: a .csv or .npy file is needed")
+        if self.columns is not None:
+            if path.suffix == ".npy":
+                raise UserError(f"{path}: this network was trained on a table; give a .csv file with its columns")
+            return self.columns.encode_inputs(Table(path))
+        if path.suffix == ".npy":
+            raw = read_inputs(path, "inputs")
+        else:
+            table = Table(path)
+            raw = np.stack([table.numbers(name) for name in table.names], axis=1)
+        if raw.shape[1] != len(self.shift):
+            raise UserError(f"{path} has {raw.shape[1]} columns, this network takes {len(self.shift)} inputs")
+        return self.inputs(raw)
+
+    def raw_outputs(self, outputs: np.ndarray) -> np.ndarray:
+        """Outputs of a regression in raw units, float64 (rows, n)."""
+        outputs = outputs.astype(np.float64)
+        if self.columns is not None:
+            for k, column in enumerate(self.columns.targets):
+                if isinstance(column, Numeric):
+                    outputs[:, k] = column.decode(outputs[:, k])
+        return outputs
+
+    def output_names(self, n_outputs: int) -> list[str]:
+        """A name for each output: the target columns, the classes, or y1, y2, ..."""
+        if self.task.decision == "argmax" and self.task.classes:
+            return list(self.task.classes)
+        if self.columns is not None and len(self.columns.targets) == n_outputs:
+            return [column.name for column in self.columns.targets]
+        return ["y"] if n_outputs == 1 else [f"y{k + 1}" for k in range(n_outputs)]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, for the model file."""
+        return {
+            "decision": self.task.decision,
+            "classes": list(self.task.classes),
+            "columns": self.columns.to_json() if self.columns else None,
+            "shift": list(self.shift),
+            "scale": list(self.scale),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Preparation:
+        """The inverse of `to_json`."""
+        columns = Columns.from_json(data["columns"]) if data["columns"] else None
+        task = Task(data["decision"], tuple(data["classes"]))
+        return cls(task, columns, tuple(data["shift"]), tuple(data["scale"]))
+
+
+def fit_scaling(train: np.ndarray, scaling: str) -> tuple[np.ndarray, np.ndarray]:
+    """Shift and scale per column of training inputs (rows, n).
+
+    "standardise": mean and standard deviation. "max-abs": the mean, then the largest absolute value of what
+    remains. A column that does not vary keeps scale 1.
+    """
+    n_inputs = train.shape[1]
+    if scaling == "none":
+        return np.zeros(n_inputs), np.ones(n_inputs)
+    shift = train.mean(axis=0)
+    scale = train.std(axis=0) if scaling == "standardise" else np.abs(train - shift).max(axis=0)
+    return shift, np.where(scale > 0, scale, 1.0)
+
+
+def code_labels(labels: np.ndarray, classes: tuple[str, ...], loss: Loss) -> tuple[np.ndarray, Task]:
+    """Class labels (rows,) as the loss wants them, and the task that follows.
+
+    For a loss of classes they stay class indices. For one of numbers in [0, 1], two classes become 0 and 1;
+    for one of real numbers -1 and 1, and more than two one-hot rows.
+    """
+    two = len(classes) == 2
+    if loss.targets == "classes":
+        return labels, Task("argmax", classes)
+    if loss.targets == "unit":
+        if not two:
+            raise UserError(f"{loss.name} takes two classes, the data have {len(classes)}; use loss cross_entropy")
+        return labels[:, None].astype(np.float64), Task("half", classes)
+    if two:
+        return 2.0 * labels[:, None] - 1.0, Task("sign", classes)
+    return np.eye(len(classes))[labels], Task("argmax", classes)
+
+
+def code_targets(targets: np.ndarray, binary: bool, loss: Loss) -> tuple[np.ndarray, Task]:
+    """Targets (rows, n) as the loss wants them, and the task that follows; `binary`: they are 0 and 1.
+
+    Raises:
+        UserError: they do not fit the loss (which row).
+    """
+    if loss.targets == "real":
+        return targets, Task("half" if binary else "none")
+    outside = (targets < 0) | (targets > 1)
+    if loss.targets == "classes" and targets.shape[1] > 1:
+        outside |= np.abs(targets.sum(axis=1, keepdims=True) - 1) > 1e-6
+    if outside.any():
+        row = int(np.argwhere(outside)[0][0])
+        wanted = "numbers from 0 to 1" if loss.targets == "unit" else "classes, or rows of probabilities that sum to 1"
+        raise UserError(
+            f"the targets do not fit the loss: {loss.name} takes {wanted}, row {row} (counting from 0) is "
+            f"{targets[row].tolist()}; for regression use squared_error, and of a table name a column of classes "
+            "in data.categorical_columns"
+        )
+    return targets, Task("half" if loss.targets == "unit" else "argmax")

@@ -1,0 +1,144 @@
+"""The gradient check: backpropagation against central differences, in float64, around kinks.
+
+For each parameter w of a sample, n = (E(w + h) - E(w - h)) / 2h is compared with backpropagation's a. Where w +- h
+carries a net input (or an error) of any row over a kink, h is reduced; what still crosses is left out and counted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from gpu_bp.data.batches import Batch
+from gpu_bp.network import Network
+from gpu_bp.registry import Purpose, permutation
+from gpu_bp.spec import Activation, FreeLoss, Loss
+from gpu_bp.step import Objective
+
+STEPS = (1e-5, 1e-6, 1e-7)
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The worst entry of one parameter array.
+
+    `error` is max|a - n| / max(|a|, |n|), both maxima over the entries checked; `analytic` and `numeric` are
+    the entry where |a - n| is largest. `checked` of the entries were compared, `skipped` lay on a kink.
+    """
+
+    layer: int
+    array: str
+    error: float
+    index: tuple[int, ...]
+    analytic: float
+    numeric: float
+    checked: int
+    skipped: int
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= TOLERANCE
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "index": list(self.index), "passed": self.passed}
+
+
+def check_gradients(
+    network: Network, loss: Loss, inputs: np.ndarray, targets: np.ndarray, *, most: int = 500, seed: int = 0
+) -> list[Worst]:
+    """The worst entry of every parameter array, by layer.
+
+    Args:
+        network: in float64; its parameters are the point where the gradient is checked, and are left as they were.
+        inputs: (rows, n_inputs). targets: as the loss takes them.
+        most: entries compared in an array; of a larger one a random sample, drawn with `seed`.
+    """
+    if network.dtype != np.float64:
+        raise ValueError(f"gradients are checked in float64, this network is {network.dtype}")
+    backend = network.backend
+    target_dtype = np.int64 if targets.ndim == 1 else np.float64
+    batch = Batch(
+        backend.to_device(inputs.astype(np.float64)),
+        backend.to_device(targets.astype(target_dtype)),
+        backend.to_device(np.arange(len(inputs))),
+    )
+    point = _Point(network, loss, batch)
+    gradient = network.layout.views(point.gradient())
+    results = []
+    for k, (name, offset) in enumerate(network.layout.offsets.items()):
+        entries = np.sort(permutation(seed, Purpose.CHECK, k, gradient[name].size)[:most])
+        numeric = np.array([point.central_difference(offset + int(entry)) for entry in entries])
+        results.append(_worst(name, gradient[name], entries, numeric))
+    return sorted(results, key=lambda worst: worst.layer)
+
+
+class _Point:
+    """A network's parameters as the point at which its summed loss over a batch is differentiated."""
+
+    def __init__(self, network: Network, loss: Loss, batch: Batch) -> None:
+        self._network = network
+        self._loss = loss
+        self._batch = batch
+        self._objective = Objective(network, loss, batch.n, keep_net_inputs=True)
+        self._phi_kinks = [
+            phi.kinks(**phi.values) if isinstance(phi, Activation) else ()
+            for phi in (layer.activation for layer in network.layers)
+        ]
+        self._loss_kinks = loss.kinks(**loss.values) if isinstance(loss, FreeLoss) else ()
+
+    def gradient(self) -> np.ndarray:
+        """dE/dw by backpropagation: the flat buffer."""
+        self._objective.forward(self._batch)
+        self._objective.backward(self._batch)
+        return self._network.backend.to_host(self._objective.gradients)
+
+    def central_difference(self, position: int) -> float:
+        """dE/dw at a position of the flat buffer; NaN where a kink is too near."""
+        parameters = self._network.parameters
+        w = float(parameters[position])
+        _, here = self._loss_and_sides()
+        try:
+            for step in STEPS:
+                h = step * max(1.0, abs(w))
+                parameters[position] = w + h
+                above, side_above = self._loss_and_sides()
+                parameters[position] = w - h
+                below, side_below = self._loss_and_sides()
+                if side_above == here == side_below:
+                    return (above - below) / ((w + h) - (w - h))
+            return math.nan
+        finally:
+            parameters[position] = w
+
+    def _loss_and_sides(self) -> tuple[float, bytes]:
+        """The summed loss, and on which side of each kink every net input and error lies."""
+        objective, to_host = self._objective, self._network.backend.to_host
+        objective.forward(self._batch)
+        loss = objective.mean_loss() * self._batch.n
+        sides = b""
+        for signal, kinks in zip(objective.signals, self._phi_kinks, strict=True):
+            if kinks:
+                sides += np.digitize(to_host(signal.net_input), kinks).tobytes()
+        if self._loss_kinks:
+            error = to_host(objective.signals[-1].output) - to_host(self._batch.targets)
+            sides += np.digitize(error, self._loss_kinks).tobytes()
+        return loss, sides
+
+
+def _worst(name: str, gradient: np.ndarray, entries: np.ndarray, numeric: np.ndarray) -> Worst:
+    _, layer, array = name.split(".")
+    compared = ~np.isnan(numeric)
+    checked = int(compared.sum())
+    skipped = len(entries) - checked
+    if not checked:
+        return Worst(int(layer), array, 0.0, (), math.nan, math.nan, 0, skipped)
+    a, n, entries = gradient.reshape(-1)[entries][compared], numeric[compared], entries[compared]
+    worst = int(np.abs(a - n).argmax())
+    largest = max(np.abs(a).max(), np.abs(n).max())
+    error = float(np.abs(a - n)[worst] / largest) if largest else 0.0
+    index = tuple(int(k) for k in np.unravel_index(entries[worst], gradient.shape))
+    return Worst(int(layer), array, error, index, float(a[worst]), float(n[worst]), checked, skipped)

@@ -1,0 +1,100 @@
+"""A trained network and what belongs to it, in one safetensors file: architecture, preparation, parameters."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gpu_bp import registry
+from gpu_bp.backends import Backend
+from gpu_bp.data.preparation import Preparation
+from gpu_bp.errors import UserError
+from gpu_bp.initial import read_tensors
+from gpu_bp.network import Network
+from gpu_bp.spec import RowActivation
+
+FORMAT = "gpu_bp model 1"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network and the preparation of its inputs and outputs."""
+
+    network: Network
+    preparation: Preparation
+
+    def save(self, path: Path) -> None:
+        """Writes the file, whole or not at all."""
+        network = self.network
+        description = {
+            "widths": network.widths,
+            "activations": [{"kind": layer.activation.name, **layer.activation.values} for layer in network.layers],
+            "biases": network.biases,
+            "dtype": network.dtype.name,
+            "preparation": self.preparation.to_json(),
+        }
+        part = path.with_name(path.name + ".part")
+        save_file(network.tensors(), part, metadata={"format": FORMAT, "model": json.dumps(description)})
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, backend: Backend) -> Model:
+        """Reads the file.
+
+        Raises:
+            UserError: it is missing, or not a model that `save` wrote.
+        """
+        tensors = read_tensors(path)
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata: dict[str, str] = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UserError(f"{path} is not a model of gpu_bp: its format is {metadata.get('format')!r}")
+            description: dict[str, Any] = json.loads(metadata["model"])
+            network = Network(
+                description["widths"],
+                [registry.activation(**_record(choice)) for choice in description["activations"]],
+                biases=description["biases"],
+                backend=backend,
+                dtype=description["dtype"],
+            )
+            preparation = Preparation.from_json(description["preparation"])
+        except UserError:
+            raise
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is not a model of gpu_bp: {error or type(error).__name__}") from None
+        network.load(tensors)
+        return cls(network, preparation)
+
+    def predict(self, path: Path) -> tuple[list[str], list[np.ndarray]]:
+        """Predictions for the raw rows of a .csv or .npy file: names and columns.
+
+        Regression: the outputs in raw units. Classification: `class`, then an output or probability a class.
+        """
+        outputs = self.network.predict(self.preparation.read(path))
+        task, names = self.preparation.task, self.preparation.output_names(outputs.shape[1])
+        if task.kind == "regression":
+            return names, list(self.preparation.raw_outputs(outputs).T)
+        values = list(outputs.astype(np.float64).T)
+        decided = task.decide(outputs)
+        if decided.ndim == 1:
+            softmax = isinstance(self.network.layers[-1].activation, RowActivation)
+            return ["class", *(f"{'p' if softmax else 'y'}_{name}" for name in names)], [decided, *values]
+        if len(names) == 1:
+            return ["class", *names], [_named(decided[:, 0], task.classes), *values]
+        return [*(f"class_{name}" for name in names), *names], [*decided.T, *values]
+
+
+def _record(choice: dict[str, Any]) -> dict[str, Any]:
+    return {"name": choice["kind"], **{key: value for key, value in choice.items() if key != "kind"}}
+
+
+def _named(decided: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:
+    """Decisions of one output, -1/1 or 0/1, by the name of the class where it has one."""
+    return np.array(classes)[(decided > 0).astype(int)] if classes else decided

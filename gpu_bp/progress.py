@@ -1,0 +1,78 @@
+"""What a training shows while it runs: a progress bar on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gpu_bp.trainer import Trainer
+from gpu_bp.training import Lines
+
+INTERVAL = 1.0  # seconds between two plain lines, or 0.1 of it between two looks of the bar
+
+
+def watch(console: Console) -> Any:
+    """A function for `train(watch=...)` that shows the steps on this console."""
+    return _bar(console) if console.is_terminal else _plain(console)
+
+
+def describe(line: dict[str, Any]) -> str:
+    """A line of metrics in words."""
+    words = [f"epoch {line['epoch']}", f"step {line['step']}", f"loss {line['train_loss']:.6g}"]
+    words += [
+        f"{key.replace('_', ' ')} {value:.6g}"
+        for key, value in line.items()
+        if key.startswith("validation_") or key == "train_errors"
+    ]
+    return "  ".join(words)
+
+
+def _plain(console: Console) -> Any:
+    def lines(trainer: Trainer, steps: Lines) -> Iterator[dict[str, Any] | None]:
+        begin = time.monotonic()
+        shown, last = -INTERVAL, None
+        for line in steps:
+            if line is not None:
+                last, now = line, time.monotonic() - begin
+                if now - shown >= INTERVAL:
+                    _print(console, trainer, line)
+                    shown, last = now, None
+            yield line
+        if last is not None:
+            _print(console, trainer, last)
+
+    return lines
+
+
+def _print(console: Console, trainer: Trainer, line: dict[str, Any]) -> None:
+    speed = line["rows"] / line["seconds"] if line["seconds"] else 0.0
+    text = f"{describe(line)}  {speed:,.0f} rows/s"
+    console.print(f"[{line['step'] / trainer.total_steps:4.0%}] {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _bar(console: Console) -> Any:
+    def lines(trainer: Trainer, steps: Lines) -> Iterator[dict[str, Any] | None]:
+        columns = (
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("steps  loss {task.fields[loss]}  {task.fields[speed]} rows/s "),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=False) as progress:
+            bar = progress.add_task("", total=trainer.total_steps, loss="-", speed="-")
+            begin = looked = time.monotonic()
+            for line in steps:
+                if line is not None:
+                    progress.update(bar, loss=f"{line['train_loss']:.4g}")
+                now = time.monotonic()
+                if now - looked > 0.1 * INTERVAL:
+                    looked = now
+                    progress.update(bar, completed=trainer.steps, speed=f"{trainer.rows / (now - begin):,.0f}")
+                yield line
+            progress.update(bar, completed=trainer.steps)
+
+    return lines

@@ -1,0 +1,146 @@
+"""Pictures of a run. matplotlib is imported here alone, and only when something is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpu_bp.data import Dataset
+from gpu_bp.model import Model
+from gpu_bp.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Rows that a picture shows at most: enough to see, few enough to draw quickly.
+POINTS = 2000
+SERIES = 504
+
+
+def draw(folder: RunFolder, model: Model, dataset: Dataset) -> list[Path]:
+    """Draws what suits the run into its folder, and returns the paths of the pictures."""
+    pictures = [_curves(folder)]
+    if dataset.n_inputs == 2:
+        pictures.append(_boundary(folder, model, dataset))
+    if dataset.task.kind == "regression":
+        pictures.append(_predictions(folder, model, dataset))
+    return pictures
+
+
+def _figure(width: float, height: float, columns: int = 1, **keywords: Any) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+    axes = figure.subplots(1, columns, squeeze=False, **keywords)
+    return figure, list(axes[0])
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path)
+    return path
+
+
+def _curves(folder: RunFolder) -> Path:
+    """The losses over the steps, and the learning rate below them."""
+    from matplotlib.figure import Figure
+
+    lines = folder.metrics()
+    steps = [line["step"] for line in lines]
+    figure = Figure(figsize=(7, 5), layout="constrained", dpi=120)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    marker = "o" if len(lines) < 3 else ""
+    for key, label in (("train_loss", "training"), ("validation_loss", "validation")):
+        values = [line.get(key) for line in lines]
+        if any(value is not None for value in values):
+            numbers = np.array([np.nan if value is None else value for value in values], float)
+            top.plot(steps, numbers, label=label, marker=marker, linewidth=1.2)
+    positive = all(value > 0 for line in lines for key in line if key.endswith("_loss") and (value := line[key]))
+    if positive:
+        top.set_yscale("log")
+    top.set_ylabel("mean loss of a row")
+    top.grid(alpha=0.3)
+    top.legend()
+    bottom.plot(steps, [line["learning_rate"] for line in lines], color="tab:gray", marker=marker, linewidth=1.2)
+    bottom.set_ylabel("learning rate")
+    bottom.set_ylim(bottom=0)
+    bottom.set_xlabel("step")
+    bottom.grid(alpha=0.3)
+    return _save(figure, folder.path / "curves.png")
+
+
+def _boundary(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
+    """The network's output over the plane of its two inputs, with the decision boundary and the points."""
+    name = "test" if "test" in dataset.splits else "train"
+    split = dataset.splits[name]
+    preparation, targets = dataset.preparation, split.targets[:POINTS]
+    points = preparation.raw_inputs(split.inputs[:POINTS])
+    low, high = points.min(axis=0), points.max(axis=0)
+    margin = np.where(high > low, 0.1 * (high - low), 1.0)
+    x, y = (np.linspace(a, b, 300) for a, b in zip(low - margin, high + margin, strict=True))
+    grid = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+    outputs = model.network.predict(preparation.inputs(grid))
+    figure, (axis,) = _figure(6.5, 5.5)
+    task = dataset.task
+    if task.decision == "argmax":
+        shown, colours = outputs.argmax(axis=1).astype(float), {"cmap": "tab10", "vmin": 0, "vmax": 9}
+        axis.pcolormesh(x, y, shown.reshape(300, 300), alpha=0.3, rasterized=True, **colours)  # type: ignore[arg-type]
+        label = targets if targets.ndim == 1 else targets.argmax(axis=1)
+        edges = np.arange(outputs.shape[1] - 1) + 0.5
+        axis.contour(x, y, shown.reshape(300, 300), levels=edges, colors="black", linewidths=1)
+        axis.scatter(points[:, 0], points[:, 1], c=label, s=8, edgecolors="none", **colours)  # type: ignore[arg-type]
+    else:
+        level = {"sign": 0.0, "half": 0.5}.get(task.decision)
+        field = outputs[:, 0].reshape(300, 300)
+        middle = level if level is not None else float(field.mean())
+        reach = max(abs(field - middle).max(), 1e-6)
+        colours = {"cmap": "coolwarm", "vmin": middle - reach, "vmax": middle + reach}
+        mesh = axis.pcolormesh(x, y, field, alpha=0.6, rasterized=True, **colours)  # type: ignore[arg-type]
+        figure.colorbar(mesh, label="output" if outputs.shape[1] == 1 else "first output")
+        if level is not None and field.min() < level < field.max():
+            axis.contour(x, y, field, levels=[level], colors="black", linewidths=1.2)
+        small = len(points) < 50
+        axis.scatter(
+            points[:, 0],
+            points[:, 1],
+            c=targets[:, 0],
+            s=60 if small else 8,
+            edgecolors="black" if small else "none",
+            linewidths=0.8,
+            **colours,  # type: ignore[arg-type]
+        )
+    wrong = ""
+    if task.kind == "classification":
+        errors = int(task.wrong(model.network.predict(split.inputs[:POINTS]), targets).sum())
+        wrong = f": {errors} of {len(points)} wrong"
+    axis.set_title(f"{name} rows{wrong}")
+    axis.set_xlabel(preparation.input_names()[0])
+    axis.set_ylabel(preparation.input_names()[1])
+    return _save(figure, folder.path / "boundary.png")
+
+
+def _predictions(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
+    """Targets and predictions in raw units: the last rows in their order, and all against each other."""
+    name = next(name for name in ("test", "validation", "train") if name in dataset.splits)
+    split, preparation = dataset.splits[name], dataset.preparation
+    inputs, targets = split.inputs[-POINTS:], split.targets[-POINTS:]
+    predicted = preparation.raw_outputs(model.network.predict(inputs))[:, 0]
+    wanted = preparation.raw_outputs(targets)[:, 0]
+    label = preparation.output_names(targets.shape[1])[0]
+    figure, (series, cross) = _figure(13, 4.5, columns=2, width_ratios=[2.2, 1])
+    last = min(SERIES, len(wanted))
+    series.plot(np.arange(last), wanted[-last:], label="target", color="tab:gray", linewidth=1.2)
+    series.plot(np.arange(last), predicted[-last:], label="predicted", color="tab:blue", linewidth=1.2)
+    series.set_xlabel(f"the last {last} {name} rows")
+    series.set_ylabel(label)
+    series.grid(alpha=0.3)
+    series.legend()
+    ends = [min(wanted.min(), predicted.min()), max(wanted.max(), predicted.max())]
+    cross.plot(ends, ends, color="black", linewidth=0.8)
+    cross.scatter(wanted, predicted, s=6, alpha=0.5, edgecolors="none")
+    cross.set_xlabel(f"{label}, target")
+    cross.set_ylabel(f"{label}, predicted")
+    cross.grid(alpha=0.3)
+    return _save(figure, folder.path / "predictions.png")

@@ -1,0 +1,100 @@
+"""The folder of a run: what a training leaves behind, and how it is read again.
+
+config.toml        the whole config, with absolute paths: it trains the same again
+metrics.jsonl      a line an epoch, or every `train.log_every` steps
+summary.json       how the run ended, and the metrics on each split
+model.safetensors  the network and the preparation of its data
+*.png              pictures
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from gpu_bp.config import Config
+from gpu_bp.config_file import dump_config, load_config
+from gpu_bp.errors import UserError
+
+
+class RunFolder:
+    """A run folder: `create` a new one, or `open` one that is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.toml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.summary_file = path / "summary.json"
+        self.model_file = path / "model.safetensors"
+
+    @classmethod
+    def create(cls, config: Config, path: Path | None = None) -> RunFolder:
+        """A new folder with the config in it; by default `runs/NAME-TIME`.
+
+        Raises:
+            UserError: the folder has files in it, or cannot be made.
+        """
+        path = path or _fresh(Path("runs"), f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
+        try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise UserError(f"run folder {path} is not empty; choose another one with --run, or remove it")
+            path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path)
+            folder.config_file.write_text(dump_config(config), encoding="utf-8")
+            folder.metrics_file.touch()
+        except OSError as error:
+            raise UserError(f"run folder {path}: {error.strerror}") from None
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The folder of a run that has ended.
+
+        Raises:
+            UserError: it is not one (what is missing).
+        """
+        folder = cls(path)
+        if not path.is_dir():
+            raise UserError(f"{path} is not a run folder: there is no such folder")
+        for file in (folder.config_file, folder.model_file):
+            if not file.is_file():
+                raise UserError(f"{path} is not a run folder: it has no {file.name}")
+        return folder
+
+    def config(self) -> Config:
+        """The config of the run."""
+        return load_config(self.config_file)
+
+    def add_metrics(self, line: dict[str, Any]) -> None:
+        """Appends a line of metrics."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics."""
+        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes the summary, whole or not at all."""
+        part = self.summary_file.with_name("summary.json.part")
+        part.write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(self.summary_file)
+
+
+def _fresh(parent: Path, name: str) -> Path:
+    """A folder that is not there yet, also when two runs begin in one second."""
+    path, k = parent / name, 1
+    while path.exists():
+        k += 1
+        path = parent / f"{name}-{k}"
+    return path
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(member) for key, member in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

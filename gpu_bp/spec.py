@@ -1,0 +1,192 @@
+"""The frozen records that `gpu_bp.kernels` is made of.
+
+A record states one formula twice: as CUDA text, from which the CuPy backend builds a kernel, and as a
+NumPy *twin* with the same arithmetic. Both stand side by side in a `Twin`, so that they cannot drift apart.
+
+Names in the formulas, in CUDA and in NumPy (Haykin, *Neural Networks and Learning Machines*, ch. 4):
+
+    v      net input (induced local field)     y      output, y = phi(v)
+    d      target (desired response)           e      dE/dy, the error signal that reaches the output
+    delta  local gradient, dE/dv               loss   the value of the loss
+    T      the floating type of the kernel     s      scratch arrays of the twin (`Scratch`)
+
+A twin writes into the arrays it is given and makes none. Its output may be the same array as an input
+(`y` as `v`, `delta` as `e`), so it reads an element's inputs before it writes that element's output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+
+
+class Scratch(Protocol):
+    """Scratch arrays that a NumPy twin may use: as wide as the slice it works on, contents arbitrary."""
+
+    a: np.ndarray
+    b: np.ndarray
+    c: np.ndarray
+    mask: np.ndarray  # bool
+    # For losses that reduce a row: one value a row.
+    row_a: np.ndarray  # (rows, 1)
+    row_b: np.ndarray  # (rows, 1)
+    row_index: np.ndarray  # (rows,) int64
+    row_start: np.ndarray  # (rows,) int64: the flat index of each row's first element
+
+
+@dataclass(frozen=True)
+class Twin:
+    """One formula as CUDA text and as a NumPy function."""
+
+    cuda: str
+    numpy: Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A number that a record takes: its default, and the interval that it must lie in, such as `[0, 1)`."""
+
+    default: float
+    interval: str = "(-inf, inf)"
+
+    def __contains__(self, value: float) -> bool:
+        low, high = (float(bound) for bound in self.interval[1:-1].split(","))
+        above = value >= low if self.interval[0] == "[" else value > low
+        below = value <= high if self.interval[-1] == "]" else value < high
+        return above and below
+
+
+def _no_kinks(**_: float) -> tuple[float, ...]:
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Record:
+    """What all records share: a name, the parameters taken, and the values chosen for them."""
+
+    name: str
+    source: str  # where the formula comes from
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        chosen = {name: parameter.default for name, parameter in self.parameters.items()} | dict(self.values)
+        object.__setattr__(self, "values", MappingProxyType(chosen))
+
+    def with_parameters(self, **values: float) -> Self:
+        """This record with other parameter values.
+
+        Raises:
+            ValueError: a parameter that the record does not take, or a value outside its interval.
+        """
+        for name, value in values.items():
+            if name not in self.parameters:
+                known = ", ".join(self.parameters) or "none"
+                raise ValueError(f"{self.name} has no parameter {name!r} (it has: {known})")
+            interval = self.parameters[name].interval
+            if not isinstance(value, int | float) or math.isnan(value) or value not in self.parameters[name]:
+                raise ValueError(f"{name} of {self.name} must be a number in {interval}, not {value!r}")
+        return replace(self, values={**self.values, **{k: float(v) for k, v in values.items()}})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Activation(Record):
+    """An activation function phi, element by element.
+
+    `value` computes y from v: CUDA `y = ...`; twin `(v, y, s, **parameters)`.
+    `delta` computes e * phi'(v): CUDA `delta = ...`; twin `(e, x, delta, s, **parameters)`, where x is y or v
+    as `derivative_from` says. Where it is the output, the net input need not be kept.
+    `kinks` are the net inputs at which a derivative of phi jumps; a gradient check steps around them.
+    """
+
+    value: Twin
+    delta: Twin
+    derivative_from: Literal["output", "net_input"]
+    kinks: Callable[..., tuple[float, ...]] = _no_kinks
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowActivation(Record):
+    """An output activation that mixes the elements of a row (softmax). Only a fused loss trains it.
+
+    CUDA: the body of a kernel in which one warp handles one `row` of `n` columns, `lane` by `lane`.
+    Twin: `(v, y, s)`.
+    """
+
+    value: Twin
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loss(Record):
+    """What free and fused losses share.
+
+    `targets` says what a target is: "real" numbers, numbers in the "unit" interval, or "classes" (integers
+    (batch,), or rows of probabilities (batch, n)).
+    """
+
+    targets: Literal["real", "unit", "classes"]
+    least_outputs: int = 1
+
+    def n_outputs(self, n_targets: int) -> int:
+        """The width of the output layer for targets of that width (for "classes": that many classes).
+
+        Raises:
+            ValueError: fewer than the loss can work with.
+        """
+        if n_targets < self.least_outputs:
+            raise ValueError(
+                f"{self.name} needs at least {self.least_outputs} outputs, the targets give {n_targets}; "
+                "for a single output use binary_cross_entropy"
+            )
+        return n_targets
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FreeLoss(Loss):
+    """A loss of (y, d), element by element, that goes with any output activation.
+
+    `gradient` computes the value and dE/dy together. CUDA: sets `loss` and `e`; twin `(y, d, loss, e, s,
+    **parameters)`. The output delta is `e * phi'(v)`, by the activation's own `delta`.
+    `kinks` are the values of y - d at which a derivative jumps.
+    """
+
+    gradient: Twin
+    kinks: Callable[..., tuple[float, ...]] = _no_kinks
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FusedLoss(Loss):
+    """A loss that fixes its output activation and gives the delta of the net input itself, y - d.
+
+    `delta` computes y, loss and delta from v and d together. Element by element it is CUDA text that sets
+    `y`, `loss` and `delta`; with `per_row`, the body of a kernel as in `RowActivation`, one loss value a row.
+    Twin: `(v, d, y, loss, delta, s)`.
+    """
+
+    output_activation: str
+    delta: Twin
+    per_row: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Update(Record):
+    """How a parameter w changes, given its mean gradient g.
+
+    `state` names the arrays kept beside the parameters. `scalars` computes, in float64 on the host, the
+    numbers that one step needs: `(step, learning_rate, **parameters) -> {name: number}`, step counting from 1;
+    its keys are `scalar_names`. `update`: CUDA text that changes `w` and the state, reading `g` and the
+    scalars by name; twin `(w, g, *state, s, **scalars)`, which may overwrite g but not s.a (g lives there).
+    A scalar called `weight_decay` is zero for what is exempt from decay.
+    """
+
+    state: tuple[str, ...] = ()
+    scalar_names: tuple[str, ...]
+    scalars: Callable[..., dict[str, float]]
+    update: Twin

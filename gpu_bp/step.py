@@ -1,0 +1,82 @@
+"""One training step on arrays that are made once: forward, output delta, backward, update.
+
+`Objective` is the loss of a network over a batch and its gradient; `Step` adds the update.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gpu_bp.data.batches import Batch
+from gpu_bp.network import Network, Signals
+from gpu_bp.optimizer import Optimizer
+from gpu_bp.spec import Array, FusedLoss, Loss
+
+
+class Objective:
+    """A loss of a network, over batches of up to `batch_size` rows, and its gradient.
+
+    With `backward=False` it is evaluated only, and has no gradients. With `keep_net_inputs` every layer's net
+    input stands in an array of its own, for whoever wants to look at it.
+
+    Attributes:
+        gradients: the flat buffer of the gradient of the last batch's summed loss.
+        total: (1,) float64 on the device, the loss summed over the batches since `mean_loss` was read.
+        rows: how many rows those batches had.
+        signals: the arrays of each layer, as the last batch left them.
+    """
+
+    def __init__(
+        self, network: Network, loss: Loss, batch_size: int, *, backward: bool = True, keep_net_inputs: bool = False
+    ) -> None:
+        self.network = network
+        self.loss = loss
+        self.gradients = network.backend.zeros((network.layout.size if backward else 0,), network.dtype)
+        self._gradient_layers = network.views(self.gradients) if backward else []
+        self.signals = network.signals(batch_size, loss, backward=backward, keep_net_inputs=keep_net_inputs)
+        reduced = isinstance(loss, FusedLoss) and loss.per_row
+        self._losses = network.backend.zeros((batch_size, 1 if reduced else network.widths[-1]), network.dtype)
+        self._parts: dict[int, tuple[list[Signals], Array]] = {batch_size: (self.signals, self._losses)}
+        self.total = network.backend.zeros((1,), np.float64)
+        self.rows = 0
+
+    def forward(self, batch: Batch) -> Array:
+        """The outputs for a batch; adds its loss to `total` and leaves the output layer's delta."""
+        signals, losses = self._part(batch.n)
+        last, phi = signals[-1], self.network.layers[-1].activation
+        backend = self.network.backend
+        self.network.forward(batch.inputs, signals, self.loss)
+        backend.output_delta(self.loss, phi, last.net_input, batch.targets, last.output, losses, last.delta)
+        backend.accumulate(losses, self.total)
+        self.rows += batch.n
+        return last.output
+
+    def backward(self, batch: Batch) -> None:
+        """The gradient of the batch's summed loss, into `gradients`; after `forward` of the same batch."""
+        self.network.backward(batch.inputs, self._part(batch.n)[0], self._gradient_layers)
+
+    def mean_loss(self) -> float:
+        """The mean loss a row since this was last read. Waits for the device."""
+        mean = float(self.network.backend.to_host(self.total)[0]) / self.rows if self.rows else float("nan")
+        self.total.fill(0)
+        self.rows = 0
+        return mean
+
+    def _part(self, n: int) -> tuple[list[Signals], Array]:
+        """The arrays for n rows: views of the full ones, kept, for the shorter last batch of an epoch."""
+        if n not in self._parts:
+            self._parts[n] = ([signal.rows(n) for signal in self.signals], self._losses[:n])
+        return self._parts[n]
+
+
+class Step:
+    """A training step: the objective's gradient, then the optimizer's update by its mean over the rows."""
+
+    def __init__(self, objective: Objective, optimizer: Optimizer) -> None:
+        self.objective = objective
+        self.optimizer = optimizer
+
+    def __call__(self, batch: Batch) -> None:
+        self.objective.forward(batch)
+        self.objective.backward(batch)
+        self.optimizer.step(self.objective.gradients, 1 / batch.n)

@@ -1,0 +1,163 @@
+"""Training: from a config to a trained network and its metrics.
+
+source -> batches -> step: forward -> output delta -> backward -> update -> metrics
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from gpu_bp.backends import Backend
+from gpu_bp.config import Config, FactorSchedule, LinearSchedule
+from gpu_bp.data import Dataset, load
+from gpu_bp.data.batches import Batches, ResidentSource
+from gpu_bp.data.task import Metrics, Task
+from gpu_bp.errors import UserError
+from gpu_bp.initial import initialise
+from gpu_bp.model import Model
+from gpu_bp.network import Network
+from gpu_bp.optimizer import Optimizer
+from gpu_bp.schedule import Schedule, by_step, constant, exponential, linear
+from gpu_bp.spec import Loss
+from gpu_bp.step import Objective, Step
+
+# Rows that are evaluated at a time; fixed, so that the same network always gives the same figures.
+EVALUATION_ROWS = 4096
+
+
+def build_network(config: Config, dataset: Dataset, backend: Backend, dtype: str | None = None) -> Network:
+    """The network of a config for its data, with its initial parameters.
+
+    Raises:
+        UserError: the loss does not go with so many targets, or a file of weights does not fit.
+    """
+    try:
+        n_outputs = config.loss.record().n_outputs(dataset.n_targets)
+    except ValueError as error:
+        raise UserError(f"loss.kind: {error}") from None
+    network = Network(
+        [dataset.n_inputs, *config.network.hidden, n_outputs],
+        [*config.network.hidden_activations(), config.output_activation()],
+        biases=config.network.biases,
+        backend=backend,
+        dtype=dtype or config.train.precision,
+    )
+    initialise(network, config.network.weights, config.seed)
+    return network
+
+
+class Evaluator:
+    """The loss and the metrics of a network on a source."""
+
+    def __init__(self, network: Network, loss: Loss, task: Task, source: ResidentSource) -> None:
+        self._backend = network.backend
+        self._task = task
+        self._batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0)
+        self._objective = Objective(network, loss, self._batches.size, backward=False)
+
+    def __call__(self) -> dict[str, Any]:
+        """`loss`, the mean over the rows, and the task's metrics. Waits for the device."""
+        metrics = Metrics(self._task)
+        for batch in self._batches.epoch(0):
+            outputs = self._objective.forward(batch)
+            metrics.add(self._backend.to_host(outputs), self._backend.to_host(batch.targets))
+        return {"loss": self._objective.mean_loss(), **metrics.result()}
+
+
+class Trainer:
+    """One training.
+
+    Attributes:
+        model: the network as it is now, and the preparation of its data.
+        total_steps: how many steps the whole training has. steps, rows: how many were taken, and their rows.
+        stopped: why it ended before its length ("" where it did not).
+    """
+
+    def __init__(self, config: Config, backend: Backend, dataset: Dataset | None = None) -> None:
+        dataset = dataset or load(config)
+        train, loss = config.train, config.loss.record()
+        network = build_network(config, dataset, backend)
+        self.config = config
+        self.model = Model(network, dataset.preparation)
+        sources = {
+            name: ResidentSource(backend, split.inputs, split.targets, network.dtype)
+            for name, split in dataset.splits.items()
+        }
+        self._evaluators = {name: Evaluator(network, loss, dataset.task, source) for name, source in sources.items()}
+        self._batches = Batches(backend, sources["train"], train.batch_size, train.sampling, config.seed)
+        self.total_steps = train.steps or (train.epochs or 0) * self._batches.per_epoch
+        self._log_every = train.log_every or self._batches.per_epoch
+        optimizer = Optimizer(config.optimizer.record(), network, _schedule(config, self.total_steps))
+        self._step = Step(Objective(network, loss, self._batches.size), optimizer)
+        self.steps = self.rows = 0
+        self.seconds = 0.0
+        self.stopped = ""
+
+    def run(self, interrupted: Callable[[], bool] = lambda: False) -> Iterator[dict[str, Any] | None]:
+        """Trains; yields None after a step, and a line of metrics where one is due.
+
+        `interrupted` is asked after every step; where it says yes, the training ends as at its last step.
+
+        Raises:
+            UserError: the training loss is no longer finite.
+        """
+        objective, optimizer = self._step.objective, self._step.optimizer
+        begin = time.perf_counter() - self.seconds
+        epoch = 0
+        # where a training diverges, its loss says so; NumPy's warnings would only come before it
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            while self.steps < self.total_steps and not self.stopped:
+                for batch in self._batches.epoch(epoch):
+                    rate = optimizer.learning_rate
+                    self._step(batch)
+                    self.steps += 1
+                    self.rows += batch.n
+                    if interrupted():
+                        self.stopped = "interrupted"
+                    last = self.steps == self.total_steps or bool(self.stopped)
+                    if self.steps % self._log_every and not last:
+                        yield None
+                        continue
+                    line = {"epoch": epoch + 1, "step": self.steps, "rows": self.rows}
+                    train_loss = objective.mean_loss()
+                    self.seconds = time.perf_counter() - begin
+                    line |= {"seconds": self.seconds, "learning_rate": rate, "train_loss": train_loss}
+                    yield line | self._evaluate_line()
+                    if not np.isfinite(train_loss):
+                        raise UserError(
+                            f"the training diverged: the loss is {train_loss} at step {self.steps}; "
+                            "try a smaller optimizer.learning_rate or smaller network.weights"
+                        )
+                    if last or self.stopped:
+                        break
+                epoch += 1
+        self.seconds = time.perf_counter() - begin
+
+    def evaluate(self) -> dict[str, dict[str, Any]]:
+        """The loss and the task's metrics on each split that has rows."""
+        return {name: evaluator() for name, evaluator in self._evaluators.items()}
+
+    def _evaluate_line(self) -> dict[str, Any]:
+        """What a line of metrics says beside the training loss."""
+        line: dict[str, Any] = {}
+        if "validation" in self._evaluators:
+            line = {f"validation_{name}": value for name, value in self._evaluators["validation"]().items()}
+        limit = self.config.train.stop_at_errors
+        if limit is not None:
+            line["train_errors"] = self._evaluators["train"]()["errors"]
+            if line["train_errors"] <= limit:
+                self.stopped = self.stopped or "stop_at_errors"
+        return line
+
+
+def _schedule(config: Config, total_steps: int) -> Schedule:
+    rate, section = config.optimizer.learning_rate, config.schedule
+    if isinstance(section, LinearSchedule):
+        return linear(rate, section.final, section.steps or total_steps)
+    if isinstance(section, FactorSchedule):
+        return (exponential if section.kind == "exponential" else by_step)(rate, section.factor, section.every)
+    return constant(rate)

@@ -1,0 +1,96 @@
+"""`train` and `evaluate`: a training with its run folder, and the same run looked at again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_bp.backends import Backend, select
+from gpu_bp.config import Config
+from gpu_bp.config_file import load_config, parse_config
+from gpu_bp.data import load
+from gpu_bp.data.batches import ResidentSource
+from gpu_bp.model import Model
+from gpu_bp.run_folder import RunFolder
+from gpu_bp.trainer import Evaluator, Trainer
+
+Lines = Iterable[dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training gives: its summary (as in summary.json), its model, and its folder."""
+
+    summary: dict[str, Any]
+    model: Model
+    folder: Path
+
+
+def train(
+    config: Config | Mapping[str, Any] | str | Path,
+    *,
+    backend: str | Backend = "auto",
+    run: str | Path | None = None,
+    watch: Callable[[Trainer, Lines], Lines] | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Trains the network of a config and leaves a run folder.
+
+    Args:
+        config: a `Config`, nested tables as in a config file, or the path of one.
+        backend: "auto", "numpy", "cupy", or a backend.
+        run: the run folder; by default `runs/NAME-TIME`.
+        watch: is given the trainer and its steps to pass on, such as through a progress bar.
+        interrupted: asked after every step; yes ends the training, with everything written.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    if isinstance(config, str | Path):
+        config = load_config(config)
+    elif not isinstance(config, Config):
+        config = parse_config(config)
+    if isinstance(backend, str):
+        backend, _ = select(backend)
+    trainer = Trainer(config, backend)
+    folder = RunFolder.create(config, Path(run) if run is not None else None)
+    steps: Lines = trainer.run(interrupted)
+    for line in watch(trainer, steps) if watch else steps:
+        if line is not None:
+            folder.add_metrics(line)
+    trainer.model.save(folder.model_file)
+    summary = {
+        "name": config.name,
+        "seed": config.seed,
+        "backend": backend.name,
+        "device": backend.device,
+        "precision": config.train.precision,
+        "steps": trainer.steps,
+        "rows": trainer.rows,
+        "seconds": trainer.seconds,
+        "rows_per_second": trainer.rows / trainer.seconds,
+        "stopped": trainer.stopped,
+        **trainer.evaluate(),
+    }
+    folder.write_summary(summary)
+    return Result(summary, trainer.model, folder.path)
+
+
+def evaluate(run: str | Path, *, backend: str | Backend = "auto") -> dict[str, dict[str, Any]]:
+    """The loss and the metrics of a run's model on each of its splits, computed again from its data.
+
+    Raises:
+        UserError: not a run folder, or its data are gone.
+    """
+    if isinstance(backend, str):
+        backend, _ = select(backend)
+    folder = RunFolder.open(Path(run))
+    model, config = Model.load(folder.model_file, backend), folder.config()
+    dataset, loss = load(config), config.loss.record()
+    result = {}
+    for name, split in dataset.splits.items():
+        source = ResidentSource(backend, split.inputs, split.targets, model.network.dtype)
+        result[name] = Evaluator(model.network, loss, dataset.task, source)()
+    return result

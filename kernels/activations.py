@@ -1,0 +1,478 @@
+"""Activation functions: value and delta (e * phi'(v)) of each, CUDA text beside its NumPy twin.
+
+To add one: write its record here; the table at the end is what the rest of the package reads.
+"""
+
+import math
+
+import numpy as np
+from scipy.special import erfc
+
+from gpu_bp.kernels.functions import clamp, logistic
+from gpu_bp.spec import Activation, Parameter, RowActivation, Scratch, Twin
+
+Array = np.ndarray
+
+HAYKIN = "Haykin, Neural Networks and Learning Machines, 3rd ed., section 4.3"
+
+# Beyond this |v| the sigmoid-like factor of silu and gelu is exactly 0 or 1; holding v there keeps
+# infinity from giving infinity times zero.
+SATURATED = "T(1e4)"
+_SATURATED = 1e4
+
+_SQRT_HALF = math.sqrt(0.5)
+_INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
+_SELU_SCALE = 1.0507009873554804934193349852946
+_SELU_ALPHA = 1.6732632423543772848170429916717
+
+
+def _zero_kink(**_: float) -> tuple[float, ...]:
+    return (0.0,)
+
+
+# identity: y = v ------------------------------------------------------------------------------------------
+
+
+def _identity_value(v: Array, y: Array, s: Scratch) -> None:
+    if y is not v:
+        np.copyto(y, v)
+
+
+def _identity_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
+    if delta is not e:
+        np.copyto(delta, e)
+
+
+identity = Activation(
+    name="identity",
+    source=HAYKIN,
+    value=Twin("y = v;", _identity_value),
+    delta=Twin("delta = e;", _identity_delta),
+    derivative_from="output",
+)
+
+
+# logistic: y = 1 / (1 + exp(-v)) --------------------------------------------------------------------------
+
+
+def _logistic_value(v: Array, y: Array, s: Scratch) -> None:
+    logistic(v, out=y)
+
+
+def _logistic_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
+    np.subtract(1, y, out=s.a)
+    s.a *= y
+    np.multiply(e, s.a, out=delta)
+
+
+_logistic = Activation(
+    name="logistic",
+    source=HAYKIN + ", eqs. 4.30 to 4.34 with a = 1",
+    value=Twin("y = logistic(v);", _logistic_value),
+    delta=Twin("delta = e * (y * (T(1) - y));", _logistic_delta),
+    derivative_from="output",
+)
+
+
+# tanh and Haykin's scaled tanh: y = a tanh(b v) -----------------------------------------------------------
+# (1 - y)(1 + y) rather than 1 - y^2: the subtraction is exact near saturation.
+
+
+def _tanh_value(v: Array, y: Array, s: Scratch) -> None:
+    np.tanh(v, out=y)
+
+
+def _tanh_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
+    np.subtract(1, y, out=s.a)
+    np.add(1, y, out=s.b)
+    s.a *= s.b
+    np.multiply(e, s.a, out=delta)
+
+
+tanh = Activation(
+    name="tanh",
+    source=HAYKIN + ", eqs. 4.35 to 4.38 with a = b = 1",
+    value=Twin("y = tanh(v);", _tanh_value),
+    delta=Twin("delta = e * ((T(1) - y) * (T(1) + y));", _tanh_delta),
+    derivative_from="output",
+)
+
+
+def _scaled_tanh_value(v: Array, y: Array, s: Scratch, a: float, b: float) -> None:
+    np.multiply(v, b, out=y)
+    np.tanh(y, out=y)
+    y *= a
+
+
+def _scaled_tanh_delta(e: Array, y: Array, delta: Array, s: Scratch, a: float, b: float) -> None:
+    np.subtract(a, y, out=s.a)
+    np.add(a, y, out=s.b)
+    s.a *= s.b
+    s.a *= b / a
+    np.multiply(e, s.a, out=delta)
+
+
+scaled_tanh = Activation(
+    name="scaled_tanh",
+    source=HAYKIN + ", eqs. 4.35 to 4.38; LeCun (1993): phi(1) = 1, phi(-1) = -1",
+    parameters={"a": Parameter(1.7159, "(0, inf)"), "b": Parameter(2 / 3, "(0, inf)")},
+    value=Twin("y = a * tanh(b * v);", _scaled_tanh_value),
+    delta=Twin("delta = e * ((a - y) * (a + y) * (b / a));", _scaled_tanh_delta),
+    derivative_from="output",
+)
+
+
+# relu and leaky relu: y = v, and 0 or slope * v below zero ------------------------------------------------
+# At the kink the derivative is the left one. Comparisons are written so that a NaN stays a NaN.
+
+
+def _relu_value(v: Array, y: Array, s: Scratch) -> None:
+    np.maximum(v, 0, out=y)
+
+
+def _relu_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
+    np.less_equal(y, 0, out=s.mask)
+    _identity_delta(e, y, delta, s)
+    np.copyto(delta, 0, where=s.mask)
+
+
+relu = Activation(
+    name="relu",
+    source="Nair and Hinton (2010)",
+    value=Twin("y = v < T(0) ? T(0) : v;", _relu_value),
+    delta=Twin("delta = y <= T(0) ? T(0) : e;", _relu_delta),
+    derivative_from="output",
+    kinks=_zero_kink,
+)
+
+
+def _leaky_relu_value(v: Array, y: Array, s: Scratch, slope: float) -> None:
+    np.less(v, 0, out=s.mask)
+    _identity_value(v, y, s)
+    np.multiply(v, slope, out=y, where=s.mask)
+
+
+def _leaky_relu_delta(e: Array, v: Array, delta: Array, s: Scratch, slope: float) -> None:
+    np.less_equal(v, 0, out=s.mask)
+    _identity_delta(e, v, delta, s)
+    np.multiply(e, slope, out=delta, where=s.mask)
+
+
+leaky_relu = Activation(
+    name="leaky_relu",
+    source="Maas, Hannun and Ng (2013)",
+    parameters={"slope": Parameter(0.01)},
+    value=Twin("y = v < T(0) ? slope * v : v;", _leaky_relu_value),
+    delta=Twin("delta = v <= T(0) ? slope * e : e;", _leaky_relu_delta),
+    derivative_from="net_input",  # a negative slope hides the sign of v from y
+    kinks=_zero_kink,
+)
+
+
+# elu, selu: y = scale * v, and scale * alpha * (exp(v) - 1) below zero ------------------------------------
+# expm1, because exp(v) - 1 cancels near zero. Below zero phi' = scale * alpha * exp(v) = y + scale * alpha.
+
+
+def _elu(v: Array, y: Array, s: Scratch, scale: float, alpha: float) -> None:
+    np.minimum(v, 0, out=s.a)
+    np.expm1(s.a, out=s.a)
+    s.a *= alpha
+    np.maximum(v, 0, out=y)
+    y += s.a
+    if scale != 1:
+        y *= scale
+
+
+def _elu_delta(e: Array, y: Array, delta: Array, s: Scratch, scale: float, alpha: float) -> None:
+    np.less_equal(y, 0, out=s.mask)
+    np.add(y, scale * alpha, out=s.a)
+    np.multiply(e, s.a, out=s.a)
+    np.multiply(e, scale, out=delta)
+    np.copyto(delta, s.a, where=s.mask)
+
+
+elu = Activation(
+    name="elu",
+    source="Clevert, Unterthiner and Hochreiter (2016)",
+    parameters={"alpha": Parameter(1.0, "(0, inf)")},
+    value=Twin(
+        "y = v < T(0) ? alpha * expm1(v) : v;",
+        lambda v, y, s, alpha: _elu(v, y, s, 1.0, alpha),
+    ),
+    delta=Twin(
+        "delta = y <= T(0) ? e * (y + alpha) : e;",
+        lambda e, y, delta, s, alpha: _elu_delta(e, y, delta, s, 1.0, alpha),
+    ),
+    derivative_from="output",
+    kinks=_zero_kink,
+)
+
+selu = Activation(
+    name="selu",
+    source="Klambauer et al. (2017)",
+    value=Twin(
+        f"y = T({_SELU_SCALE}) * (v < T(0) ? T({_SELU_ALPHA}) * expm1(v) : v);",
+        lambda v, y, s: _elu(v, y, s, _SELU_SCALE, _SELU_ALPHA),
+    ),
+    delta=Twin(
+        f"delta = y <= T(0) ? e * (y + T({_SELU_SCALE * _SELU_ALPHA})) : e * T({_SELU_SCALE});",
+        lambda e, y, delta, s: _elu_delta(e, y, delta, s, _SELU_SCALE, _SELU_ALPHA),
+    ),
+    derivative_from="output",
+    kinks=_zero_kink,
+)
+
+
+# softplus: y = log(1 + exp(v)) ----------------------------------------------------------------------------
+
+
+def _softplus_value(v: Array, y: Array, s: Scratch) -> None:
+    np.logaddexp(v, 0, out=y)
+
+
+def _softplus_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
+    np.negative(y, out=s.a)
+    np.expm1(s.a, out=s.a)
+    np.negative(s.a, out=s.a)
+    np.multiply(e, s.a, out=delta)
+
+
+softplus = Activation(
+    name="softplus",
+    source="Dugas et al. (2001)",
+    # exp of a negative number cannot overflow, and log1p keeps what is left for v far below zero.
+    value=Twin("y = (v < T(0) ? T(0) : v) + log1p(exp(-fabs(v)));", _softplus_value),
+    # phi' = logistic(v) = 1 - exp(-y)
+    delta=Twin("delta = e * -expm1(-y);", _softplus_delta),
+    derivative_from="output",
+)
+
+
+# softsign: y = v / (1 + |v|) ------------------------------------------------------------------------------
+# Beyond 1e30 the quotient rounds to 1 or -1; holding v there keeps infinity over infinity away.
+
+
+def _softsign_value(v: Array, y: Array, s: Scratch) -> None:
+    clamp(v, -1e30, 1e30, out=y)
+    np.abs(y, out=s.a)
+    s.a += 1
+    y /= s.a
+
+
+def _softsign_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
+    np.abs(y, out=s.a)
+    np.subtract(1, s.a, out=s.a)
+    s.a *= s.a
+    np.multiply(e, s.a, out=delta)
+
+
+softsign = Activation(
+    name="softsign",
+    source="Turian, Bergstra and Bengio (2009)",
+    value=Twin("const T c = clamp(v, T(-1e30), T(1e30)); y = c / (T(1) + fabs(c));", _softsign_value),
+    delta=Twin("const T r = T(1) - fabs(y); delta = e * (r * r);", _softsign_delta),
+    derivative_from="output",
+    kinks=_zero_kink,  # the second derivative jumps
+)
+
+
+# silu: y = v logistic(v), and gelu_tanh, which is v logistic(2u) with another u -------------------------------
+# phi' = p (1 + v (1 - p) 2u'), with p the logistic factor. For gelu_tanh 1/2 (1 + tanh u) is written
+# logistic(2u), since 1 + tanh(u) cancels for u far below zero.
+
+
+def _silu_value(v: Array, y: Array, s: Scratch) -> None:
+    np.maximum(v, -_SATURATED, out=s.a)
+    logistic(s.a, out=s.b)
+    np.multiply(s.a, s.b, out=y)
+
+
+def _silu_delta(e: Array, v: Array, delta: Array, s: Scratch) -> None:
+    clamp(v, -_SATURATED, _SATURATED, out=s.a)
+    logistic(s.a, out=s.b)
+    np.subtract(1, s.b, out=s.c)
+    s.a *= s.c
+    s.a += 1
+    s.a *= s.b
+    np.multiply(e, s.a, out=delta)
+
+
+silu = Activation(
+    name="silu",
+    source="Elfwing, Uchibe and Doya (2018)",
+    value=Twin(f"const T c = v < -{SATURATED} ? -{SATURATED} : v; y = c * logistic(c);", _silu_value),
+    delta=Twin(
+        f"const T c = clamp(v, -{SATURATED}, {SATURATED}); const T p = logistic(c);"
+        " delta = e * (p * (T(1) + c * (T(1) - p)));",
+        _silu_delta,
+    ),
+    derivative_from="net_input",
+)
+
+_TWO_C = 2 * math.sqrt(2 / math.pi)
+_CUBIC = 0.044715
+
+
+def _gelu_tanh_value(v: Array, y: Array, s: Scratch) -> None:
+    clamp(v, -_SATURATED, _SATURATED, out=s.c)
+    np.multiply(s.c, s.c, out=s.a)
+    s.a *= _TWO_C * _CUBIC
+    s.a += _TWO_C
+    s.a *= s.c
+    logistic(s.a, out=s.b)
+    np.maximum(v, -_SATURATED, out=s.a)
+    np.multiply(s.a, s.b, out=y)
+
+
+def _gelu_tanh_delta(e: Array, v: Array, delta: Array, s: Scratch) -> None:
+    clamp(v, -_SATURATED, _SATURATED, out=s.c)
+    np.multiply(s.c, s.c, out=s.a)
+    np.multiply(s.a, _TWO_C * _CUBIC, out=s.b)
+    s.b += _TWO_C
+    s.b *= s.c
+    logistic(s.b, out=s.b)  # p
+    s.a *= 3 * _TWO_C * _CUBIC
+    s.a += _TWO_C  # 2u'
+    s.a *= s.c
+    np.subtract(1, s.b, out=s.c)
+    s.a *= s.c
+    s.a += 1
+    s.a *= s.b
+    np.multiply(e, s.a, out=delta)
+
+
+_GELU_TANH_P = (
+    f"const T c = clamp(v, -{SATURATED}, {SATURATED});"
+    f" const T p = logistic(c * (T({_TWO_C}) + T({_TWO_C * _CUBIC}) * c * c));"
+)
+
+gelu_tanh = Activation(
+    name="gelu_tanh",
+    source="Hendrycks and Gimpel (2016), the approximation by tanh",
+    value=Twin(f"{_GELU_TANH_P} y = (v < -{SATURATED} ? -{SATURATED} : v) * p;", _gelu_tanh_value),
+    delta=Twin(
+        f"{_GELU_TANH_P} const T du = T({_TWO_C}) + T({3 * _TWO_C * _CUBIC}) * c * c;"
+        " delta = e * (p * (T(1) + c * (T(1) - p) * du));",
+        _gelu_tanh_delta,
+    ),
+    derivative_from="net_input",
+)
+
+
+# gelu: y = v Phi(v), Phi the normal distribution function -------------------------------------------------
+# Phi(v) = erfc(-v / sqrt(2)) / 2, since 1 + erf cancels for v far below zero.
+
+
+def _gelu_value(v: Array, y: Array, s: Scratch) -> None:
+    np.maximum(v, -_SATURATED, out=s.a)
+    np.multiply(s.a, -_SQRT_HALF, out=s.b)
+    erfc(s.b, out=s.b)
+    s.b *= 0.5
+    np.multiply(s.a, s.b, out=y)
+
+
+def _gelu_delta(e: Array, v: Array, delta: Array, s: Scratch) -> None:
+    clamp(v, -_SATURATED, _SATURATED, out=s.a)
+    np.multiply(s.a, -_SQRT_HALF, out=s.b)
+    np.multiply(s.b, s.b, out=s.c)
+    np.negative(s.c, out=s.c)
+    np.exp(s.c, out=s.c)
+    s.c *= _INV_SQRT_2PI  # the normal density
+    s.c *= s.a
+    erfc(s.b, out=s.b)
+    s.b *= 0.5
+    s.b += s.c
+    np.multiply(e, s.b, out=delta)
+
+
+gelu = Activation(
+    name="gelu",
+    source="Hendrycks and Gimpel (2016)",
+    value=Twin(
+        f"const T c = v < -{SATURATED} ? -{SATURATED} : v; y = c * (T(0.5) * erfc(c * T({-_SQRT_HALF})));",
+        _gelu_value,
+    ),
+    delta=Twin(
+        f"const T c = clamp(v, -{SATURATED}, {SATURATED}); const T z = c * T({-_SQRT_HALF});"
+        f" delta = e * (T(0.5) * erfc(z) + c * (T({_INV_SQRT_2PI}) * exp(-z * z)));",
+        _gelu_delta,
+    ),
+    derivative_from="net_input",
+)
+
+
+# hard sigmoid: y = v / 6 + 1 / 2, held between 0 and 1 ----------------------------------------------------
+
+
+def _hard_sigmoid_value(v: Array, y: Array, s: Scratch) -> None:
+    np.multiply(v, 1 / 6, out=y)
+    y += 0.5
+    clamp(y, 0, 1, out=y)
+
+
+def _hard_sigmoid_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
+    np.multiply(e, 1 / 6, out=delta)
+    np.less_equal(y, 0, out=s.mask)
+    np.copyto(delta, 0, where=s.mask)
+    np.greater_equal(y, 1, out=s.mask)
+    np.copyto(delta, 0, where=s.mask)
+
+
+hard_sigmoid = Activation(
+    name="hard_sigmoid",
+    source="Courbariaux, Bengio and David (2015); the slope 1/6 as in MobileNetV3",
+    value=Twin(f"y = clamp(v * T({1 / 6}) + T(0.5), T(0), T(1));", _hard_sigmoid_value),
+    delta=Twin(f"delta = y <= T(0) || y >= T(1) ? T(0) : e * T({1 / 6});", _hard_sigmoid_delta),
+    derivative_from="output",
+    kinks=lambda: (-3.0, 3.0),
+)
+
+
+# softmax: y_j = exp(v_j) / sum_k exp(v_k), over a row -----------------------------------------------------
+# The largest v of the row is taken off first, so that exp cannot overflow.
+
+SOFTMAX_CUDA = """
+T top = v[0];
+for (int j = lane; j < n; j += 32) top = v[j] > top ? v[j] : top;
+top = warp_max(top);
+T sum = T(0);
+for (int j = lane; j < n; j += 32) { y[j] = exp(v[j] - top); sum += y[j]; }
+sum = warp_sum(sum);
+for (int j = lane; j < n; j += 32) y[j] /= sum;
+"""
+
+
+def softmax_rows(v: Array, y: Array, s: Scratch) -> None:
+    """Softmax; leaves the row's largest v in s.row_a and the sum of exp(v - largest) in s.row_b."""
+    np.maximum.reduce(v, axis=1, keepdims=True, out=s.row_a)
+    np.subtract(v, s.row_a, out=y)
+    np.exp(y, out=y)
+    np.add.reduce(y, axis=1, keepdims=True, out=s.row_b)
+    y /= s.row_b
+
+
+softmax = RowActivation(
+    name="softmax",
+    source="Bridle (1990)",
+    value=Twin(SOFTMAX_CUDA, softmax_rows),
+)
+
+
+ACTIVATIONS = (
+    identity,
+    _logistic,
+    tanh,
+    scaled_tanh,
+    relu,
+    leaky_relu,
+    elu,
+    selu,
+    softplus,
+    softsign,
+    silu,
+    gelu,
+    gelu_tanh,
+    hard_sigmoid,
+)
+ROW_ACTIVATIONS = (softmax,)
+ALIASES = {"sigmoid": "logistic", "linear": "identity"}

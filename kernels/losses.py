@@ -1,0 +1,165 @@
+"""Losses: value and output delta of each, together; CUDA text beside its NumPy twin.
+
+A row's loss is the sum over its outputs. To add one: write its record here; the table at the end is what the
+rest of the package reads.
+"""
+
+import numpy as np
+
+from gpu_bp.kernels.activations import SOFTMAX_CUDA, softmax_rows
+from gpu_bp.kernels.functions import clamp, logistic
+from gpu_bp.spec import FreeLoss, FusedLoss, Parameter, Scratch, Twin
+
+Array = np.ndarray
+
+
+# squared error: 1/2 (d - y)^2 -----------------------------------------------------------------------------
+
+
+def _squared_error(y: Array, d: Array, loss: Array, e: Array, s: Scratch) -> None:
+    np.subtract(y, d, out=e)
+    np.multiply(e, e, out=loss)
+    loss *= 0.5
+
+
+squared_error = FreeLoss(
+    name="squared_error",
+    source="Haykin, Neural Networks and Learning Machines, 3rd ed., eq. 4.2",
+    targets="real",
+    gradient=Twin("const T r = y - d; loss = T(0.5) * r * r; e = r;", _squared_error),
+)
+
+
+# mean absolute error: |d - y|, the mean being taken over the rows of a batch ------------------------------
+
+
+def _absolute_error(y: Array, d: Array, loss: Array, e: Array, s: Scratch) -> None:
+    np.subtract(y, d, out=e)
+    np.abs(e, out=loss)
+    np.sign(e, out=e)
+
+
+mean_absolute_error = FreeLoss(
+    name="mean_absolute_error",
+    source="Laplace (1774)",
+    targets="real",
+    gradient=Twin(
+        # the last branch is 0 for an exact hit and keeps a NaN
+        "const T r = y - d; loss = fabs(r); e = r > T(0) ? T(1) : (r < T(0) ? T(-1) : r);",
+        _absolute_error,
+    ),
+    kinks=lambda: (0.0,),
+)
+
+
+# huber: 1/2 r^2 up to |r| = threshold, linear beyond; with e = r held there it is e (r - e/2) in both parts ----
+
+
+def _huber(y: Array, d: Array, loss: Array, e: Array, s: Scratch, threshold: float) -> None:
+    np.subtract(y, d, out=s.a)
+    clamp(s.a, -threshold, threshold, out=e)
+    np.multiply(e, -0.5, out=loss)
+    loss += s.a
+    loss *= e
+
+
+huber = FreeLoss(
+    name="huber",
+    source="Huber (1964)",
+    parameters={"threshold": Parameter(1.0, "(0, inf)")},
+    targets="real",
+    gradient=Twin(
+        "const T r = y - d; e = clamp(r, -threshold, threshold); loss = e * (r - T(0.5) * e);",
+        _huber,
+    ),
+    kinks=lambda threshold: (-threshold, threshold),
+)
+
+
+# binary cross-entropy: -d log y - (1 - d) log(1 - y), y = logistic(v); as many labels as outputs ----------
+# In v it is (1 - d) max(v, 0) + d max(-v, 0) + log(1 + exp(-|v|)): no term is negative, so nothing cancels.
+
+
+def _binary_cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Array, s: Scratch) -> None:
+    np.abs(v, out=s.a)
+    np.negative(s.a, out=s.a)
+    np.exp(s.a, out=s.a)
+    np.log1p(s.a, out=s.a)
+    np.maximum(v, 0, out=s.b)
+    np.subtract(s.b, v, out=s.c)  # max(-v, 0), exactly
+    logistic(v, out=y)
+    np.subtract(1, d, out=loss)
+    loss *= s.b
+    s.c *= d
+    loss += s.c
+    loss += s.a
+    np.subtract(y, d, out=delta)
+
+
+binary_cross_entropy = FusedLoss(
+    name="binary_cross_entropy",
+    source="Haykin, eq. 10.33; Bishop, Pattern Recognition and Machine Learning, eq. 4.90",
+    targets="unit",
+    output_activation="logistic",
+    delta=Twin(
+        "y = logistic(v); delta = y - d; const T up = v < T(0) ? T(0) : v; const T down = v < T(0) ? -v : T(0);"
+        " loss = (T(1) - d) * up + d * down + log1p(exp(-fabs(v)));",
+        _binary_cross_entropy,
+    ),
+)
+
+
+# cross-entropy: -sum_j d_j log y_j, y = softmax(v) --------------------------------------------------------
+# With log y_j = v_j - top - log(sum): the logarithm is never taken of a y_j that has gone to zero.
+
+
+def _cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Array, s: Scratch) -> None:
+    softmax_rows(v, y, s)
+    np.log(s.row_b, out=s.row_b)
+    if d.ndim == 1:  # class indices: d_j is 1 in column d, 0 elsewhere
+        np.add(s.row_start, d, out=s.row_index)
+        values = loss.reshape(-1)
+        np.take(v.reshape(-1), s.row_index, out=values, mode="clip")
+        np.subtract(s.row_a, loss, out=loss)
+        loss += s.row_b
+        np.copyto(delta, y)
+        own = s.row_a.reshape(-1)
+        np.take(y.reshape(-1), s.row_index, out=own, mode="clip")
+        own -= 1
+        np.put(delta, s.row_index, own)
+    else:
+        np.subtract(v, s.row_a, out=delta)
+        delta -= s.row_b
+        delta *= d
+        np.add.reduce(delta, axis=1, keepdims=True, out=loss)
+        np.negative(loss, out=loss)
+        np.subtract(y, d, out=delta)
+
+
+cross_entropy = FusedLoss(
+    name="cross_entropy",
+    source="Bridle (1990); Bishop, Pattern Recognition and Machine Learning, eqs. 4.108 and 4.109",
+    targets="classes",
+    least_outputs=2,
+    output_activation="softmax",
+    per_row=True,
+    delta=Twin(
+        SOFTMAX_CUDA
+        + """
+const T log_sum = log(sum);
+T row_loss = T(0);
+for (int j = lane; j < n; j += 32) {
+    const T d = TARGET(j);
+    delta[j] = y[j] - d;
+    row_loss += d * (log_sum + (top - v[j]));
+}
+row_loss = warp_sum(row_loss);
+if (lane == 0) *loss = row_loss;
+""",
+        _cross_entropy,
+    ),
+)
+
+
+LOSSES = (squared_error, mean_absolute_error, huber, cross_entropy, binary_cross_entropy)
+ALIASES: dict[str, str] = {}
