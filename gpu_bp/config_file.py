@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from gpu_bp.config import Config
-from gpu_bp.errors import UserError
+from gpu_bp.errors import UserError, nearest
 
 # Keys that name files: made absolute when a config is read.
 PATH_KEYS = (("data", "path"), ("data", "inputs"), ("data", "targets"), ("network", "weights", "path"))
@@ -101,25 +100,22 @@ def _describe(error: ValidationError, raw: Mapping[str, Any]) -> str:
     location, kind, message = fault["loc"], fault["type"], fault["msg"].removeprefix("Value error, ")
     key, context, given = _key(location, raw), fault.get("ctx", {}), fault["input"]
     if kind == "extra_forbidden":
-        return f"unknown key {key}; {_nearest(str(location[-1]), _known_keys(location[:-1]))}"
+        table = key[: key.rfind(".") + 1]
+        return f"unknown key {key}; {nearest(str(location[-1]), _known_keys(location[:-1]), table)}"
     if kind == "missing":
         return f"{key} is missing"
     if kind == "union_tag_not_found":
-        return f"{key}.kind is missing" if isinstance(given, Mapping) else f"{key} must be a table, not {given!r}"
+        return f"{key}.kind is missing"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{key} must be a table, not {given!r}"
     if kind in ("union_tag_invalid", "literal_error"):
         key, given = (f"{key}.kind", context["tag"]) if "tag" in context else (key, given)
         names = context.get("expected_tags") or context["expected"]
         known = [name.strip(" '") for name in re.split(", | or ", names)]
-        return f"{key}: unknown {given!r}; {_nearest(str(given), known)}"
+        return f"{key}: unknown {given!r}; {nearest(str(given), known)}"
     if kind != "value_error":
         message = f"{message[0].lower()}{message[1:]}, not {given!r}"
     return f"{key}: {message}" if key else message
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}known: {', '.join(known)}"
 
 
 def _key(location: Sequence[str | int], raw: Any) -> str:

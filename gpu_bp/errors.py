@@ -12,7 +12,12 @@ class UserError(ValueError):
 
 def unknown(what: str, name: object, known: Iterable[str]) -> UserError:
     """The error for a misspelt name: it names the nearest right one, and the rest."""
+    return UserError(f"unknown {what} {name!r}; {nearest(str(name), known)}")
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """`did you mean ...? known: ...`, the first part only where a known name is near; `prefix` goes before it."""
     names = list(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return UserError(f"unknown {what} {name!r}; {hint}known: {', '.join(sorted(names))}")
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{near[0]}? " if near else ""
+    return f"{hint}known: {', '.join(names)}"

@@ -16,7 +16,6 @@ A twin writes into the arrays it is given and makes none. Its output may be the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -89,9 +88,10 @@ class Record:
         for name, value in values.items():
             if name not in self.parameters:
                 known = ", ".join(self.parameters) or "none"
-                raise ValueError(f"{self.name} has no parameter {name!r} (it has: {known})")
-            interval = self.parameters[name].interval
-            if not isinstance(value, int | float) or math.isnan(value) or value not in self.parameters[name]:
+                raise ValueError(f"{self.name} has no parameter {name!r}; known: {known}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or value not in self.parameters[name]:
+                interval = self.parameters[name].interval
                 raise ValueError(f"{name} of {self.name} must be a number in {interval}, not {value!r}")
         return replace(self, values={**self.values, **{k: float(v) for k, v in values.items()}})
 
