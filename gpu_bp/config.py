@@ -5,13 +5,14 @@ Reading a file is `config_file.py`; `gpu-bp schema` prints all of this as JSON S
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gpu_bp import registry
 from gpu_bp.errors import UserError
-from gpu_bp.spec import Activation, FusedLoss, Loss, RowActivation, Update
+from gpu_bp.spec import Activation, FusedLoss, Loss, Record, RowActivation, Update
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -123,10 +124,29 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+# Names in the tables of records: for the JSON Schema; validation asks the registry.
+ActivationName = Annotated[str, Field(json_schema_extra={"enum": [*registry.ACTIVATIONS]})]
+LossName = Annotated[str, Field(json_schema_extra={"enum": [*registry.LOSSES]})]
+UpdateName = Annotated[str, Field(json_schema_extra={"enum": [*registry.UPDATES]})]
+
+
+def _with_parameters_of(table: Mapping[str, Record]) -> Callable[[dict[str, Any]], None]:
+    """Puts the parameters of the records of a table into the JSON Schema of a `Choice` of them."""
+
+    def extend(schema: dict[str, Any]) -> None:
+        for record in table.values():
+            for name, parameter in record.parameters.items():
+                what = {"type": "number", "description": f"in {parameter.interval}", "default": parameter.default}
+                schema["properties"].setdefault(name, what)
+        schema["additionalProperties"] = False
+
+    return extend
+
+
 class Choice(Section):
     """One record by name, and its parameters beside the name: "relu", or {kind = "leaky_relu", slope = 0.1}."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow")
     kind: str
 
     @property
@@ -138,7 +158,8 @@ class Choice(Section):
 class ActivationChoice(Choice):
     """An activation by name, and its parameters."""
 
-    kind: str = Field(description=", ".join(registry.ACTIVATIONS))
+    model_config = ConfigDict(json_schema_extra=_with_parameters_of(registry.ACTIVATIONS))
+    kind: ActivationName
 
     @model_validator(mode="after")
     def _known(self) -> ActivationChoice:
@@ -185,17 +206,24 @@ class FileWeights(Section):
     path: str
 
 
+AnyWeights = UniformWeights | NormalWeights | ScaledWeights | FileWeights
 Weights = Annotated[
-    UniformWeights | NormalWeights | ScaledWeights | FileWeights, Field(discriminator="kind"), BeforeValidator(_named)
+    AnyWeights,
+    Field(discriminator="kind"),
+    BeforeValidator(_named, json_schema_input_type=AnyWeights | Literal["uniform", "glorot", "he", "lecun"]),
 ]
-Phi = Annotated[ActivationChoice, BeforeValidator(_named)]
+PhiInput = ActivationChoice | ActivationName
+Phi = Annotated[ActivationChoice, BeforeValidator(_named, json_schema_input_type=PhiInput)]
+Phis = Annotated[
+    list[Phi], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=PhiInput | list[PhiInput])
+]
 
 
 class NetworkSection(Section):
     """The layers."""
 
     hidden: list[Count] = Field([], description="units of each hidden layer; none: a single layer")
-    activation: Annotated[list[Phi], Field(min_length=1), BeforeValidator(_listed)] = Field(
+    activation: Phis = Field(
         [ActivationChoice(kind="tanh")], description="of the hidden layers: one for all, or a list of one a layer"
     )
     output_activation: Phi | None = Field(
@@ -208,7 +236,7 @@ class NetworkSection(Section):
     def _one_a_layer(self) -> NetworkSection:
         if len(self.activation) not in (1, len(self.hidden)):
             raise ValueError(f"{len(self.activation)} activations are listed for {len(self.hidden)} hidden layers")
-        if any(isinstance(record, RowActivation) for record in self.hidden_activations()):
+        if any(isinstance(choice.record(), RowActivation) for choice in self.activation):
             raise ValueError("softmax can only be the output_activation")
         return self
 
@@ -224,7 +252,8 @@ class NetworkSection(Section):
 class LossSection(Choice):
     """The loss, and its parameters beside its name: {kind = "huber", threshold = 0.5}."""
 
-    kind: str = Field("squared_error", description=", ".join(registry.LOSSES))
+    model_config = ConfigDict(json_schema_extra=_with_parameters_of(registry.LOSSES))
+    kind: LossName = "squared_error"
 
     @model_validator(mode="after")
     def _known(self) -> LossSection:
@@ -239,7 +268,8 @@ class LossSection(Choice):
 class OptimizerSection(Choice):
     """The update rule, and its parameters beside its name: {kind = "adam", learning_rate = 0.001, beta1 = 0.9}."""
 
-    kind: str = Field("sgd", description=", ".join(registry.UPDATES))
+    model_config = ConfigDict(json_schema_extra=_with_parameters_of(registry.UPDATES))
+    kind: UpdateName = "sgd"
     learning_rate: Positive = Field(description="at the first step")
 
     @model_validator(mode="after")
@@ -274,8 +304,11 @@ class FactorSchedule(Section):
     every: Count = Field(description="steps")
 
 
+AnySchedule = Constant | LinearSchedule | FactorSchedule
 ScheduleSection = Annotated[
-    Constant | LinearSchedule | FactorSchedule, Field(discriminator="kind"), BeforeValidator(_named)
+    AnySchedule,
+    Field(discriminator="kind"),
+    BeforeValidator(_named, json_schema_input_type=AnySchedule | Literal["constant", "linear"]),
 ]
 
 

@@ -122,7 +122,7 @@ class Trainer:
                     if self.steps % self._log_every and not last:
                         yield None
                         continue
-                    line = {"epoch": epoch + 1, "step": self.steps, "rows": self.rows}
+                    line: dict[str, Any] = {"epoch": epoch + 1, "step": self.steps, "rows": self.rows}
                     train_loss = objective.mean_loss()
                     self.seconds = time.perf_counter() - begin
                     line |= {"seconds": self.seconds, "learning_rate": rate, "train_loss": train_loss}

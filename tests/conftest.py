@@ -15,24 +15,36 @@ from gpu_bp.backends import Backend, select
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("numpy", "cupy")
+FOUND = pytest.StashKey[dict[str, Backend]]()
+LEFT_OUT = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=BACKENDS, help="run the tests of one backend only, and fail without it")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend:
-    """Each backend in turn; cupy is skipped where there is no GPU, unless it was asked for."""
-    wanted = request.config.getoption("--backend")
-    if wanted and request.param != wanted:
-        pytest.skip(f"only {wanted} was asked for")
-    try:
-        return select(request.param)[0]
-    except gpu_bp.UserError as error:
-        if wanted:
-            raise
-        pytest.skip(str(error))
+def pytest_configure(config: pytest.Config) -> None:
+    wanted = config.getoption("--backend")
+    found, left_out = {}, {}
+    for name in [wanted] if wanted else BACKENDS:
+        try:
+            found[name] = select(name)[0]
+        except gpu_bp.UserError as error:
+            left_out[name] = str(error)
+    if wanted and left_out:
+        raise pytest.UsageError(left_out[wanted])
+    config.stash[FOUND], config.stash[LEFT_OUT] = found, left_out
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [f"backends: {', '.join(config.stash[FOUND])}", *config.stash[LEFT_OUT].values()]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests with a `backend` argument run on every backend that computes here; the header names the others."""
+    if "backend" in metafunc.fixturenames:
+        found = metafunc.config.stash[FOUND]
+        metafunc.parametrize("backend", list(found.values()), ids=list(found))
 
 
 @pytest.fixture

@@ -131,6 +131,7 @@ def _dataset(rows: Rows, n_train: int, data: DataSection, loss: Loss, columns: C
     if rows.labels is not None:
         targets, task = code_labels(rows.labels, rows.classes, loss)
     else:
+        assert rows.targets is not None
         targets, task = code_targets(rows.targets, rows.binary, loss)
     preparation, inputs = Preparation(task, columns), rows.inputs
     if columns is None:

@@ -114,7 +114,7 @@ class Numeric:
 
     def decode(self, values: np.ndarray) -> np.ndarray:
         """Back to the column's own units, in float64."""
-        return values.astype(np.float64) * self.sd + self.mean
+        return np.asarray(values.astype(np.float64) * self.sd + self.mean)
 
 
 @dataclass(frozen=True)

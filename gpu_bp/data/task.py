@@ -39,7 +39,7 @@ class Task:
         """The classes decided: (rows,) of class names or numbers for argmax, else (rows, n) of -1/1 or 0/1."""
         if self.decision == "argmax":
             index = outputs.argmax(axis=1)
-            return np.array(self.classes)[index] if self.classes else index
+            return np.array(self.classes)[index] if self.classes else np.asarray(index)
         return np.where(outputs > 0, 1, -1) if self.decision == "sign" else (outputs >= 0.5).astype(int)
 
 

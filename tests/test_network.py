@@ -1,0 +1,170 @@
+"""The network, its step, and the promises that the rest is built on."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from conftest import random_targets
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpu_bp import Batch, Layout, Network, Objective, Optimizer, Step, UserError, registry
+from gpu_bp.backends import Backend, NumpyBackend
+from gpu_bp.backends.numpy_backend import BLOCK
+from gpu_bp.network import ALIGNMENT
+from gpu_bp.spec import Activation, FusedLoss
+
+
+def filled(network: Network, seed: int = 0) -> Network:
+    rng = np.random.default_rng(seed)
+    network.load({name: rng.standard_normal(shape) * 0.5 for name, shape in network.layout.shapes.items()})
+    return network
+
+
+def batch_of(backend: Backend, inputs: np.ndarray, targets: np.ndarray) -> Batch:
+    return Batch(*(backend.to_device(a) for a in (inputs, targets, np.arange(len(inputs)))))
+
+
+def objective_for(backend: Backend, loss_name: str, rows: int, dtype: str = "float64", phi: str = "tanh") -> Objective:
+    loss = registry.loss(loss_name)
+    output = loss.output_activation if isinstance(loss, FusedLoss) else "tanh"
+    network = filled(Network([4, 6, 3], [phi, output], backend=backend, dtype=dtype))
+    return Objective(network, loss, rows)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_layout(shapes: list[tuple[int, int]], biases: bool) -> None:
+    """Arrays are aligned, apart from each other, and weights come before what is exempt from decay."""
+    weights = {f"w{k}": shape for k, shape in enumerate(shapes)}
+    exempt = {f"b{k}": (shape[0],) for k, shape in enumerate(shapes) if biases}
+    layout = Layout(weights, exempt)
+    flat = np.zeros(layout.size)
+    for k, (name, view) in enumerate(layout.views(flat).items()):
+        assert layout.offsets[name] % ALIGNMENT == 0
+        assert (layout.offsets[name] < layout.n_decayed) == (name in weights)
+        assert not view.any(), "arrays overlap"
+        view[...] = k + 1
+        assert view.base is flat or view.base.base is flat
+    assert sum((flat == k + 1).sum() for k in range(len(layout.shapes))) == (flat != 0).sum()
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_forward(backend: Backend, biases: bool) -> None:
+    network = filled(Network([5, 7, 2], ["tanh", "identity"], biases=biases, backend=backend, dtype="float64"))
+    tensors = {"layers.0.biases": np.zeros(7), "layers.1.biases": np.zeros(2), **network.tensors()}
+    x = np.random.default_rng(1).standard_normal((11, 5))
+    hidden = np.tanh(x @ tensors["layers.0.weights"].T + tensors["layers.0.biases"])
+    expected = hidden @ tensors["layers.1.weights"].T + tensors["layers.1.biases"]
+    np.testing.assert_allclose(network.predict(x, batch_rows=4), expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("loss_name", registry.LOSSES)
+def test_batch_gradient_is_the_sum_of_the_rows(backend: Backend, loss_name: str) -> None:
+    """So the update, which divides by the rows, takes the mean of the per-sample gradients."""
+    objective, rng = objective_for(backend, loss_name, 9), np.random.default_rng(2)
+    inputs, targets = rng.standard_normal((9, 4)), random_targets(objective.loss, 9, 3, rng)
+
+    def gradient(rows: slice) -> np.ndarray:
+        batch = batch_of(backend, inputs[rows], targets[rows])
+        objective.forward(batch)
+        objective.backward(batch)
+        return backend.to_host(objective.gradients).copy()
+
+    whole = gradient(slice(0, 9))
+    loss_of_all = objective.mean_loss()
+    singles = sum(gradient(slice(k, k + 1)) for k in range(9))
+    np.testing.assert_allclose(whole, singles, rtol=1e-12, atol=1e-14)
+    assert objective.mean_loss() == pytest.approx(loss_of_all, rel=1e-14)
+
+
+def test_update_of_a_short_batch_is_its_own_mean(backend: Backend) -> None:
+    """A last batch of 3 rows moves the weights as a network with batch size 3 would."""
+    moved = []
+    for size in (8, 3):
+        network = filled(Network([4, 3], ["tanh"], backend=backend, dtype="float64"))
+        step = Step(
+            Objective(network, registry.loss("squared_error"), size),
+            Optimizer(registry.update("sgd"), network, lambda step: 0.5),
+        )
+        rng = np.random.default_rng(0)
+        step(batch_of(backend, rng.standard_normal((3, 4)), rng.standard_normal((3, 3))))
+        moved.append(backend.to_host(network.parameters))
+    np.testing.assert_array_equal(*moved)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("update", registry.UPDATES)
+@pytest.mark.parametrize("loss_name", registry.LOSSES)
+def test_a_numpy_step_allocates_no_array(loss_name: str, update: str, dtype: str) -> None:
+    _assert_no_allocation(loss_name, update, dtype, "tanh")
+
+
+@pytest.mark.parametrize(
+    "phi", [name for name, record in registry.ACTIVATIONS.items() if isinstance(record, Activation)]
+)
+def test_no_activation_allocates_an_array(phi: str) -> None:
+    _assert_no_allocation("squared_error", "sgd", "float32", phi)
+
+
+def _assert_no_allocation(loss_name: str, update: str, dtype: str, phi: str) -> None:
+    """The most that a step holds beside what it began with: less than one slice of an array.
+
+    What stays below that is the buffer of a ufunc that broadcasts (8192 elements), and Python numbers, each of
+    which becomes an array of one element for a moment.
+    """
+    backend, rows = NumpyBackend(), 2 * BLOCK
+    objective = objective_for(backend, loss_name, rows, dtype, phi)
+    step = Step(objective, Optimizer(registry.update(update), objective.network, lambda step: 1e-3))
+    rng = np.random.default_rng(0)
+    targets = random_targets(objective.loss, rows, 3, rng)
+    batch = batch_of(backend, rng.standard_normal((rows, 4)).astype(dtype), _cast(targets, dtype))
+    step(batch)
+    domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            step(batch)
+            peak = tracemalloc.get_traced_memory()[1] - before
+            assert peak < 0.75 * BLOCK * np.dtype(dtype).itemsize, "an array was made"
+        held = tracemalloc.take_snapshot().filter_traces([domain])
+    finally:
+        tracemalloc.stop()
+    assert sum(trace.size for trace in held.traces) < 100
+
+
+def _cast(targets: np.ndarray, dtype: str) -> np.ndarray:
+    return targets if targets.dtype.kind == "i" else targets.astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("layers.1.biases"), "layers.1.biases is missing"),
+        (lambda t: t.update(extra=np.zeros(1)), "extra is not one of"),
+        (
+            lambda t: t.update({"layers.0.weights": np.zeros((2, 2))}),
+            r"has shape \(2, 2\), this network needs \(3, 4\)",
+        ),
+        (lambda t: t.update({"layers.0.biases": np.full(3, np.nan)}), "finite"),
+        (lambda t: t.update({"layers.0.biases": np.zeros(3, int)}), "finite floating-point"),
+    ],
+)
+def test_tensors_that_do_not_fit(change: object, message: str) -> None:
+    network = Network([4, 3, 2], ["tanh", "tanh"])
+    tensors = network.tensors()
+    change(tensors)  # type: ignore[operator]
+    with pytest.raises(UserError, match=message):
+        network.load(tensors)
+
+
+@pytest.mark.parametrize(("widths", "activations"), [([3], []), ([3, 0], ["tanh"]), ([3, 2], ["tanh", "tanh"])])
+def test_networks_that_cannot_be(widths: list[int], activations: list[str]) -> None:
+    with pytest.raises(UserError):
+        Network(widths, activations)
