@@ -19,7 +19,8 @@ from gpu_bp.initial import read_tensors
 from gpu_bp.network import Network
 from gpu_bp.spec import RowActivation
 
-FORMAT = "gpu_bp model 1"
+KEY = "gpu_bp"  # of the one entry of the file's metadata: with more, their order and so the bytes would vary
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Model:
         """Writes the file, whole or not at all."""
         network = self.network
         description = {
+            "format": FORMAT,
             "widths": network.widths,
             "activations": [{"kind": layer.activation.name, **layer.activation.values} for layer in network.layers],
             "biases": network.biases,
@@ -40,7 +42,7 @@ class Model:
             "preparation": self.preparation.to_json(),
         }
         part = path.with_name(path.name + ".part")
-        save_file(network.tensors(), part, metadata={"format": FORMAT, "model": json.dumps(description)})
+        save_file(network.tensors(), part, metadata={KEY: json.dumps(description)})
         part.replace(path)
 
     @classmethod
@@ -54,9 +56,9 @@ class Model:
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata: dict[str, str] = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{path} is not a model of gpu_bp: its format is {metadata.get('format')!r}")
-            description: dict[str, Any] = json.loads(metadata["model"])
+            description: dict[str, Any] = json.loads(metadata[KEY])
+            if description["format"] != FORMAT:
+                raise UserError(f"{path} has model format {description['format']}, this version reads {FORMAT}")
             network = Network(
                 description["widths"],
                 [registry.activation(**_record(choice)) for choice in description["activations"]],

@@ -62,7 +62,7 @@ def test_value_and_delta(backend: Backend, name: str, dtype: str) -> None:
             exact = row_loss(name, x, t)
             assert abs(losses[row].astype(float).sum() - exact) <= 64 * epsilon * max(abs(exact), 1)
             for j in range(5):
-                slope = mpmath.diff(lambda a, j=j, x=x, t=t: row_loss(name, x[:j] + [a] + x[j + 1 :], t), x[j], h=1e-25)
+                slope = mpmath.diff(lambda a, j=j, x=x, t=t: row_loss(name, [*x[:j], a, *x[j + 1 :]], t), x[j], h=1e-25)
                 assert abs(delta[row, j] - slope) <= 64 * epsilon * max(abs(slope), 1)
 
 

@@ -149,7 +149,7 @@ class Categorical:
 
     def encode(self, table: Table) -> np.ndarray:
         """One-hot: (rows, categories)."""
-        return np.eye(len(self.categories))[self.indices(table)]
+        return np.asarray(np.eye(len(self.categories))[self.indices(table)])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,334 @@
+"""Data: synthetic sets, arrays and tables; how targets are coded; what is refused, and where it says the fault is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpu_bp import Batches, Dataset, ResidentSource, UserError, load, parse_config
+from gpu_bp.backends import Backend, NumpyBackend
+from gpu_bp.data import synthetic
+from gpu_bp.data.batches import order
+from gpu_bp.data.preparation import Preparation
+from gpu_bp.data.task import Metrics, Task
+
+Tiny = Callable[..., dict[str, Any]]
+TABLE = """id,colour,size,weight,price
+1,red,1.0,10,100
+2,blue,2.0,10,200
+3,red,3.0,10,300
+4,green,4.0,10,400
+5,blue,5.0,10,500
+6,red,6.0,10,600
+"""
+
+
+def load_table(
+    tiny_config: Tiny, path: Path, text: str | bytes = TABLE, loss: str = "squared_error", **data: Any
+) -> Dataset:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    section = {"kind": "table", "path": str(path), "target_columns": ["price"], "drop_columns": ["id"]}
+    section |= {"categorical_columns": ["colour"], **data}
+    config = tiny_config(loss={"kind": loss})
+    return load(parse_config({**config, "data": section}))
+
+
+# synthetic ---------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(4, 20), st.floats(0.5, 7), st.floats(-9, 9), st.integers(0, 10**12))
+def test_double_moon_lies_on_its_rings(radius: float, width: float, distance: float, start: int) -> None:
+    rows = synthetic.double_moon(1, start, 50, radius=radius, width=width, distance=distance)
+    assert rows.labels is not None
+    upper = rows.inputs[rows.labels == 1]
+    lower = rows.inputs[rows.labels == 0] * [1, -1] - [radius, distance]
+    assert len(upper) == len(lower) == 25
+    for moon in (upper, lower):
+        r = np.hypot(*moon.T)
+        assert (np.abs(r - radius) <= width / 2 + 1e-9).all()
+        assert (moon[:, 1] >= -1e-9).all()
+
+
+def test_rows_are_functions_of_their_number() -> None:
+    for make in (
+        lambda start, n: synthetic.double_moon(3, start, n, radius=10, width=6, distance=-4),
+        lambda start, n: synthetic.linear(3, start, n, n_inputs=5, n_targets=2, noise=0.1),
+        synthetic.xor,
+        lambda start, n: synthetic.encoder(start, n, size=6),
+    ):
+        whole, part = make(0, 40), make(17, 9)
+        np.testing.assert_array_equal(part.inputs, whole.inputs[17:26])
+        if whole.targets is not None:
+            # the same row; the product behind it may round differently in another block of rows
+            np.testing.assert_allclose(part.targets, whole.targets[17:26], rtol=1e-13)
+
+
+def test_linear_noise_is_what_it_says() -> None:
+    rows = synthetic.linear(0, 0, 20_000, n_inputs=4, n_targets=1, noise=0.25)
+    residual = np.linalg.lstsq(rows.inputs, rows.targets, rcond=None)[1]
+    assert np.sqrt(residual[0] / 20_000) == pytest.approx(0.25, rel=0.03)
+
+
+def test_splits_are_disjoint_rows(tiny_config: Tiny) -> None:
+    dataset = load(parse_config(tiny_config()))
+    assert {name: len(split.inputs) for name, split in dataset.splits.items()} == {
+        "train": 50,
+        "validation": 20,
+        "test": 30,
+    }
+    every = np.concatenate([split.inputs for split in dataset.splits.values()])
+    assert len(np.unique(every, axis=0)) == 100
+    train = dataset.splits["train"].inputs
+    np.testing.assert_allclose(train.mean(axis=0), 0, atol=1e-12)
+    np.testing.assert_allclose(np.abs(train).max(axis=0), 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "decision", "targets"),
+    [
+        ("double-moon", "squared_error", "sign", [[1], [-1]]),
+        ("double-moon", "binary_cross_entropy", "half", [[1], [0]]),
+        ("double-moon", "cross_entropy", "argmax", [1, 0]),
+        ("xor", "squared_error", "half", [[0], [1]]),
+        ("xor", "binary_cross_entropy", "half", [[0], [1]]),
+        ("encoder", "cross_entropy", "argmax", [[1, 0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0, 0]]),
+        ("linear", "squared_error", "none", None),
+    ],
+)
+def test_targets_are_coded_for_the_loss(
+    tiny_config: Tiny, kind: str, loss: str, decision: str, targets: list[Any] | None
+) -> None:
+    dataset = load(parse_config({**tiny_config(loss={"kind": loss}), "data": {"kind": kind}}))
+    assert dataset.task.decision == decision
+    if targets is not None:
+        np.testing.assert_array_equal(dataset.splits["train"].targets[:2], targets)
+
+
+# tasks and metrics -------------------------------------------------------------------------------------------
+
+
+def test_decisions() -> None:
+    sign = Task("sign").wrong(np.array([[0.1], [-0.1], [0.0]]), np.array([[1.0], [1.0], [1.0]]))
+    assert sign.tolist() == [False, True, True]
+    half = Task("half").wrong(np.array([[0.4, 0.9], [0.5, 0.9], [np.nan, 1]]), np.array([[0, 1.0]] * 3))
+    assert half.tolist() == [False, True, True]
+    argmax = Task("argmax").wrong(np.array([[0.2, 0.8], [0.8, 0.2]]), np.array([1, 1]))
+    assert argmax.tolist() == [False, True]
+    assert Task("argmax", ("a", "b")).decide(np.array([[0.2, 0.8]])).tolist() == ["b"]
+
+
+@given(st.integers(2, 60), st.integers(1, 3), st.floats(-1e6, 1e6))
+def test_regression_metrics(rows: int, outputs: int, offset: float) -> None:
+    """Against their definitions, whatever the batches; far from zero too."""
+    rng = np.random.default_rng(rows)
+    d = rng.standard_normal((rows, outputs)) + offset
+    y = d + rng.standard_normal((rows, outputs)) * 0.1
+    metrics = Metrics(Task("none"))
+    for start in range(0, rows, 7):
+        metrics.add(y[start : start + 7], d[start : start + 7])
+    result = metrics.result()
+    assert result["mse"] == pytest.approx(((y - d) ** 2).mean(), rel=1e-9)
+    r2 = 1 - ((y - d) ** 2).sum(axis=0) / ((d - d.mean(axis=0)) ** 2).sum(axis=0)
+    assert result["r2"] == pytest.approx(r2.mean(), rel=1e-6, abs=1e-9)
+
+
+# order and batches -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", ["shuffled", "ordered", "replacement"])
+@pytest.mark.parametrize(("rows", "size"), [(10, 3), (12, 4), (5, 5), (5, 50), (1, 1)])
+def test_batches(backend: Backend, sampling: Any, rows: int, size: int) -> None:
+    """Every row once (or drawn), inputs and targets of the same row, the last batch shorter."""
+    inputs = np.arange(rows * 2.0).reshape(rows, 2)
+    source = ResidentSource(backend, inputs, inputs[:, :1] * 10, "float32")
+    batches = Batches(backend, source, size, sampling, seed=4)
+    seen = []
+    for batch in batches.epoch(1):
+        numbers = backend.to_host(batch.rows)
+        np.testing.assert_array_equal(backend.to_host(batch.inputs), inputs[numbers])
+        np.testing.assert_array_equal(backend.to_host(batch.targets)[:, 0], inputs[numbers, 0] * 10)
+        seen.append(numbers)
+    assert len(seen) == batches.per_epoch == -(-rows // min(size, rows))
+    everything = np.concatenate(seen)
+    if sampling == "replacement":
+        assert {len(numbers) for numbers in seen} == {min(size, rows)}
+        assert ((everything >= 0) & (everything < rows)).all()
+    else:
+        np.testing.assert_array_equal(np.sort(everything), np.arange(rows))
+
+
+def test_replacement_draws_all_rows_alike() -> None:
+    counts = np.bincount(np.concatenate([order("replacement", 0, epoch, 10, 3) for epoch in range(1000)]), minlength=10)
+    assert np.abs(counts / counts.mean() - 1).max() < 0.1
+
+
+# tables ------------------------------------------------------------------------------------------------------
+
+
+def test_table(tiny_config: Tiny, tmp_path: Path) -> None:
+    """Statistics and categories come from the training rows alone, here the first four."""
+    dataset = load_table(tiny_config, tmp_path / "t.csv", validation_rows=1, test_rows=1)
+    train, test = dataset.splits["train"], dataset.splits["test"]
+    sd = np.std([1, 2, 3, 4])
+    sizes = (np.array([1, 2, 3, 4]) - 2.5) / sd
+    # blue, green, red, then size; weight is constant and so 0
+    np.testing.assert_allclose(train.inputs[:, :3], [[0, 0, 1], [1, 0, 0], [0, 0, 1], [0, 1, 0]])
+    np.testing.assert_allclose(train.inputs[:, 3], sizes)
+    np.testing.assert_allclose(train.inputs[:, 4], 0)
+    np.testing.assert_allclose(train.targets[:, 0], sizes)
+    np.testing.assert_allclose(test.inputs[0, 3], (6 - 2.5) / sd)
+    np.testing.assert_allclose(dataset.preparation.raw_outputs(test.targets), [[600]])
+    assert Preparation.from_json(dataset.preparation.to_json()) == dataset.preparation
+
+
+def test_standardise_columns(tiny_config: Tiny, tmp_path: Path) -> None:
+    dataset = load_table(tiny_config, tmp_path / "t.csv", standardise_columns=["size"])
+    np.testing.assert_array_equal(dataset.splits["train"].targets[:, 0], [100, 200, 300, 400, 500, 600])
+    np.testing.assert_array_equal(dataset.splits["train"].inputs[:, 4], 10)
+
+
+def test_table_of_classes(tiny_config: Tiny, tmp_path: Path) -> None:
+    data = {"target_columns": ["colour"], "drop_columns": ["id"], "categorical_columns": ["colour"]}
+    dataset = load_table(tiny_config, tmp_path / "t.csv", loss="cross_entropy", **data)
+    assert dataset.task == Task("argmax", ("blue", "green", "red"))
+    assert dataset.n_targets == 3
+    np.testing.assert_array_equal(dataset.splits["train"].targets, [2, 0, 2, 1, 0, 2])
+    one_hot = load_table(tiny_config, tmp_path / "t.csv", **data)
+    np.testing.assert_array_equal(one_hot.splits["train"].targets, np.eye(3)[[2, 0, 2, 1, 0, 2]])
+
+
+def test_numeric_categories_stand_in_their_order(tiny_config: Tiny, tmp_path: Path) -> None:
+    text = "hour,price\n10,1\n9,2\n2,3\n"
+    dataset = load_table(tiny_config, tmp_path / "t.csv", text, drop_columns=[], categorical_columns=["hour"])
+    assert dataset.preparation.input_names() == ["hour=2", "hour=9", "hour=10"]
+
+
+@pytest.mark.parametrize(
+    ("text", "data", "message"),
+    [
+        ("", {}, "t.csv is empty"),
+        ("id,colour,price\n", {}, "t.csv has a header and no rows"),
+        (TABLE + "7,red,7.0,10\n", {}, "t.csv, line 8: 4 fields, the header has 5"),
+        (TABLE.replace("3.0", "three"), {}, "t.csv, line 4, column size: 'three' is not a number"),
+        (TABLE.replace("3.0", ""), {}, "t.csv, line 4, column size: the field is empty"),
+        (TABLE.replace("3.0", "nan"), {}, "t.csv, line 4, column size: nan is not a finite number"),
+        (TABLE.replace("300", "-inf"), {}, "t.csv, line 4, column price: -inf is not a finite number"),
+        (TABLE.replace("id,colour", "id,size"), {}, "line 1: the column 'size' is there twice"),
+        (TABLE, {"target_columns": ["prise"]}, "unknown column 'prise'; did you mean price?"),
+        (TABLE, {"drop_columns": ["idd"]}, "unknown column 'idd'; did you mean id?"),
+        (TABLE, {"drop_columns": ["id", "colour", "size", "weight"]}, "no column is left for the inputs"),
+        (TABLE, {"test_rows": 6}, "the data have 6 rows; data.validation_rows = 0 and data.test_rows = 6 leave none"),
+        (
+            TABLE.replace("6,red", "6,pink"),
+            {"test_rows": 1},
+            "line 7, column colour: 'pink' does not occur in the training",
+        ),
+        (b"a,b\n\xff,1\n", {}, "not a csv file in UTF-8"),
+        ('a,b\n"x,1\n', {}, "not a csv file"),
+    ],
+)
+def test_tables_that_are_refused(
+    tiny_config: Tiny, tmp_path: Path, text: str | bytes, data: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_table(tiny_config, tmp_path / "t.csv", text, **data)
+    assert message in str(caught.value)
+
+
+def test_a_missing_table(tiny_config: Tiny, tmp_path: Path) -> None:
+    section = {"kind": "table", "path": str(tmp_path / "none.csv"), "target_columns": ["y"]}
+    with pytest.raises(UserError, match=r"no file .*none\.csv"):
+        load(parse_config({**tiny_config(), "data": section}))
+
+
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "cross_entropy"])
+def test_targets_that_do_not_fit_the_loss(tiny_config: Tiny, tmp_path: Path, loss: str) -> None:
+    with pytest.raises(UserError, match=r"do not fit the loss: .* row 0 .* is \[100.0\]"):
+        load_table(tiny_config, tmp_path / "t.csv", loss=loss)
+
+
+# arrays ------------------------------------------------------------------------------------------------------
+
+
+def load_arrays(tiny_config: Tiny, folder: Path, x: Any, d: Any, loss: str = "squared_error", **data: Any) -> Dataset:
+    np.save(folder / "x.npy", x)
+    np.save(folder / "d.npy", d)
+    section = {"kind": "arrays", "inputs": str(folder / "x.npy"), "targets": str(folder / "d.npy"), **data}
+    return load(parse_config({**tiny_config(loss={"kind": loss}), "data": section}))
+
+
+def test_arrays(tiny_config: Tiny, tmp_path: Path) -> None:
+    x, d = np.arange(12.0).reshape(6, 2), np.arange(6.0)
+    dataset = load_arrays(tiny_config, tmp_path, x, d, validation_rows=1, test_rows=2, scaling="standardise")
+    assert (dataset.n_inputs, dataset.n_targets, dataset.task.kind) == (2, 1, "regression")
+    np.testing.assert_allclose(dataset.splits["train"].inputs.std(axis=0), 1)
+    np.testing.assert_allclose(dataset.preparation.raw_inputs(dataset.splits["test"].inputs), x[4:])
+    np.testing.assert_array_equal(dataset.splits["validation"].targets, [[3.0]])
+    classes = load_arrays(tiny_config, tmp_path, x, np.array([0, 1, 2, 0, 1, 2]), "cross_entropy")
+    assert (classes.n_targets, classes.task.decision) == (3, "argmax")
+    assert load_arrays(tiny_config, tmp_path, x, np.array([0, 1] * 3), "cross_entropy", n_classes=5).n_targets == 5
+
+
+X = np.ones((4, 2))
+
+
+@pytest.mark.parametrize(
+    ("x", "d", "loss", "data", "message"),
+    [
+        (X, np.ones(3), "squared_error", {}, "data.inputs has 4 rows and data.targets has 3"),
+        (np.array([[1, np.nan]] * 4), np.ones(4), "squared_error", {}, "x.npy has a NaN or infinity in row 0"),
+        (X, np.array([1, 1, np.inf, 1]), "squared_error", {}, "d.npy has a NaN or infinity in row 2"),
+        (X, np.array(["a"] * 4), "squared_error", {}, "must hold one array of numbers"),
+        (np.ones((4, 2, 2)), np.ones(4), "squared_error", {}, "with 1 or 2 dimensions"),
+        (np.ones((0, 2)), np.ones(0), "squared_error", {}, "x.npy is empty"),
+        (
+            X,
+            np.array([0, 1, 0, 2]),
+            "cross_entropy",
+            {"test_rows": 1},
+            "row 3 (counting from 0): class 2 is out of range",
+        ),
+        (X, np.array([0, -1, 0, 1]), "cross_entropy", {}, "row 1 (counting from 0): class -1 is out of range"),
+        (X, np.array([0, 5, 0, 1]), "cross_entropy", {"n_classes": 3}, "there are 3 classes, 0 to 2"),
+        (X, np.full((4, 3), 0.5), "cross_entropy", {}, "rows of probabilities that sum to 1, row 0"),
+        (X, np.full(4, 1.5), "binary_cross_entropy", {}, "numbers from 0 to 1, row 0"),
+        (X, np.array([0, 1, 2, 1]), "binary_cross_entropy", {}, "takes two classes, the data have 3"),
+    ],
+)
+def test_arrays_that_are_refused(
+    tiny_config: Tiny, tmp_path: Path, x: Any, d: Any, loss: str, data: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_arrays(tiny_config, tmp_path, x, d, loss, **data)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not numpy", b"\x93NUMPY\x01\x00"])
+def test_files_that_are_no_arrays(tiny_config: Tiny, tmp_path: Path, content: bytes | None) -> None:
+    np.save(tmp_path / "d.npy", np.ones(3))
+    if content is not None:
+        (tmp_path / "x.npy").write_bytes(content)
+    section = {"kind": "arrays", "inputs": str(tmp_path / "x.npy"), "targets": str(tmp_path / "d.npy")}
+    with pytest.raises(UserError, match=r"data.inputs: .*x\.npy"):
+        load(parse_config({**tiny_config(), "data": section}))
+
+
+def test_no_pickle(tiny_config: Tiny, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([{"a": 1}] * 3), allow_pickle=True)
+    np.save(tmp_path / "d.npy", np.ones(3))
+    section = {"kind": "arrays", "inputs": str(tmp_path / "x.npy"), "targets": str(tmp_path / "d.npy")}
+    with pytest.raises(UserError, match="not a .npy file"):
+        load(parse_config({**tiny_config(), "data": section}))
+
+
+def test_gather_writes_into_its_output() -> None:
+    backend = NumpyBackend()
+    out = np.zeros((2, 3), np.float32)
+    backend.gather(np.arange(12, dtype=np.float32).reshape(4, 3), np.array([2, 0]), out)
+    np.testing.assert_array_equal(out, [[6, 7, 8], [0, 1, 2]])

@@ -1,0 +1,239 @@
+"""A training from config to run folder, and the run looked at again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import gpu_bp
+from gpu_bp import Model, UserError, parse_config
+from gpu_bp.backends import Backend
+from gpu_bp.data import load
+from gpu_bp.trainer import Trainer, build_network
+
+Tiny = Callable[..., dict[str, Any]]
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_folder(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
+    """Every file, and every figure that is promised in it."""
+    run = tmp_path / "run"
+    result = gpu_bp.train(tiny_config(), backend=backend, run=run)
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.toml",
+        "metrics.jsonl",
+        "model.safetensors",
+        "summary.json",
+    ]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary == result.summary
+    assert summary["backend"] == backend.name
+    assert summary["device"]
+    assert (summary["steps"], summary["rows"]) == (14, 100)  # 2 epochs of 50 rows in batches of 8
+    assert summary["rows_per_second"] == pytest.approx(100 / summary["seconds"])
+    for name in ("train", "validation", "test"):
+        assert set(summary[name]) == {"loss", "errors", "accuracy"}
+    lines = lines_of(run)
+    assert [(line["epoch"], line["step"], line["rows"]) for line in lines] == [(1, 7, 50), (2, 14, 100)]
+    assert {"seconds", "learning_rate", "train_loss", "validation_loss", "validation_errors"} <= set(lines[0])
+    assert lines[-1]["validation_loss"] == summary["validation"]["loss"]
+    tensors = load_file(run / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        "layers.0.weights": (5, 2),
+        "layers.0.biases": (5,),
+        "layers.1.weights": (1, 5),
+        "layers.1.biases": (1,),
+    }
+
+
+def test_the_resolved_config_trains_the_same_again(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
+    """The same seed gives the same bits; another seed other ones."""
+    first = gpu_bp.train(tiny_config(), backend=backend, run=tmp_path / "a")
+    gpu_bp.train(tmp_path / "a/config.toml", backend=backend, run=tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    other = gpu_bp.train(tiny_config(seed=1), backend=backend, run=tmp_path / "c")
+    assert other.summary["train"] != first.summary["train"]
+
+
+def test_evaluate_repeats_the_summary(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
+    result = gpu_bp.train(tiny_config(), backend=backend, run=tmp_path / "run")
+    again = gpu_bp.evaluate(tmp_path / "run", backend=backend)
+    assert again == {name: result.summary[name] for name in ("train", "validation", "test")}
+
+
+def test_the_training_loss_of_a_line_is_the_mean_since_the_last(
+    backend: Backend, tiny_config: Tiny, tmp_path: Path
+) -> None:
+    """With a rate so small that nothing moves, it is the loss of the training rows, short last batch and all."""
+    config = tiny_config(optimizer={"learning_rate": 1e-30}, train={"epochs": 2, "precision": "float64"})
+    result = gpu_bp.train(config, backend=backend, run=tmp_path / "run")
+    for line in lines_of(tmp_path / "run"):
+        assert line["train_loss"] == pytest.approx(result.summary["train"]["loss"], rel=1e-12)
+
+
+def test_log_every(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
+    config = tiny_config(train={"epochs": None, "steps": 10, "log_every": 4})
+    config["train"].pop("epochs")
+    gpu_bp.train(config, backend=backend, run=tmp_path / "run")
+    assert [(line["step"], line["epoch"]) for line in lines_of(tmp_path / "run")] == [(4, 1), (8, 2), (10, 2)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ({"kind": "constant"}, [0.1, 0.1, 0.1, 0.1, 0.1]),
+        ({"kind": "linear", "final": 0.02}, [0.1, 0.08, 0.06, 0.04, 0.02]),
+        ({"kind": "linear", "final": 0.0, "steps": 3}, [0.1, 0.05, 0.0, 0.0, 0.0]),
+        ({"kind": "exponential", "factor": 0.25, "every": 2}, [0.1, 0.05, 0.025, 0.0125, 0.00625]),
+        ({"kind": "step", "factor": 0.5, "every": 2}, [0.1, 0.1, 0.05, 0.05, 0.025]),
+    ],
+)
+def test_schedules_count_steps(
+    backend: Backend, tiny_config: Tiny, tmp_path: Path, schedule: dict[str, Any], rates: list[float]
+) -> None:
+    config = tiny_config(train={"steps": 5, "log_every": 1}, schedule=schedule)
+    config["train"].pop("epochs")
+    gpu_bp.train(config, backend=backend, run=tmp_path / "run")
+    assert [line["learning_rate"] for line in lines_of(tmp_path / "run")] == pytest.approx(rates)
+
+
+def test_stop_at_errors(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
+    config = tiny_config(train={"epochs": 500, "stop_at_errors": 10, "batch_size": 1})
+    summary = gpu_bp.train(config, backend=backend, run=tmp_path / "run").summary
+    assert summary["stopped"] == "stop_at_errors"
+    assert summary["steps"] < 500 * 50
+    assert summary["train"]["errors"] <= 10
+    lines = lines_of(tmp_path / "run")
+    assert [line["train_errors"] <= 10 for line in lines] == [False] * (len(lines) - 1) + [True]
+
+
+def test_interruption_leaves_a_whole_run(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
+    steps = iter(range(100))
+    interrupted = lambda: next(steps) == 4  # noqa: E731
+    result = gpu_bp.train(tiny_config(), backend=backend, run=tmp_path / "run", interrupted=interrupted)
+    assert (result.summary["stopped"], result.summary["steps"]) == ("interrupted", 5)
+    assert gpu_bp.evaluate(tmp_path / "run", backend=backend)["test"] == result.summary["test"]
+
+
+def test_divergence_is_told(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
+    config = tiny_config(optimizer={"learning_rate": 1e6}, train={"epochs": 50}, network={"activation": "identity"})
+    with pytest.raises(UserError, match="the training diverged: the loss is (nan|inf) at step"):
+        gpu_bp.train(config, backend=backend, run=tmp_path / "run")
+    assert lines_of(tmp_path / "run")[-1]["train_loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("weights", "low", "high", "sd"),
+    [
+        ({"kind": "uniform", "low": -0.2, "high": 0.6}, -0.2, 0.6, 0.8 / math.sqrt(12)),
+        ({"kind": "normal", "sd": 0.3}, -3, 3, 0.3),
+        ({"kind": "glorot"}, -3, 3, math.sqrt(2 / 500)),
+        ({"kind": "he", "distribution": "uniform"}, -math.sqrt(6 / 200), math.sqrt(6 / 200), math.sqrt(2 / 200)),
+        ({"kind": "lecun"}, -3, 3, math.sqrt(1 / 200)),
+    ],
+)
+def test_initial_weights(
+    backend: Backend, tiny_config: Tiny, weights: dict[str, Any], low: float, high: float, sd: float
+) -> None:
+    config = tiny_config(network={"hidden": [200, 300], "weights": weights})
+    parsed = parse_config(config)
+    tensors = build_network(parsed, load(parsed), backend).tensors()
+    drawn = tensors["layers.1.weights"]  # 300 x 200
+    assert drawn.std() == pytest.approx(sd, rel=0.02)
+    assert drawn.mean() == pytest.approx((low + high) / 2, abs=0.01)
+    assert low <= drawn.min() < drawn.max() <= high
+    assert not tensors["layers.1.biases"].any()
+    assert np.corrcoef(drawn.reshape(-1)[:400], tensors["layers.0.weights"].reshape(-1))[0, 1] < 0.2
+
+
+def test_weights_from_a_file(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
+    """A run that starts from another run's model starts with its loss."""
+    first = gpu_bp.train(tiny_config(), backend=backend, run=tmp_path / "a")
+    path = str(tmp_path / "a/model.safetensors")
+    config = tiny_config(network={"weights": {"kind": "file", "path": path}}, optimizer={"learning_rate": 1e-30})
+    second = gpu_bp.train(config, backend=backend, run=tmp_path / "b")
+    assert second.summary["test"] == first.summary["test"]
+    save_file({"layers.0.weights": np.zeros((5, 2), np.float32)}, tmp_path / "part.safetensors")
+    config["network"]["weights"]["path"] = str(tmp_path / "part.safetensors")
+    with pytest.raises(UserError, match="tensor layers.1.weights is missing"):
+        gpu_bp.train(config, backend=backend, run=tmp_path / "c")
+    (tmp_path / "part.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        gpu_bp.train(config, backend=backend, run=tmp_path / "c")
+    assert not (tmp_path / "c").exists(), "a training that never began leaves no folder"
+
+
+def test_precision(backend: Backend, tiny_config: Tiny) -> None:
+    """float64 and float32 start from the same draws, and differ by rounding alone."""
+    outcomes = {}
+    for precision in ("float32", "float64"):
+        trainer = Trainer(parse_config(tiny_config(train={"precision": precision})), backend)
+        for _ in trainer.run():
+            pass
+        outcomes[precision] = trainer.model.network.tensors()["layers.0.weights"]
+        assert outcomes[precision].dtype == precision
+    np.testing.assert_allclose(outcomes["float32"], outcomes["float64"], rtol=1e-4, atol=1e-5)
+    assert (outcomes["float32"] != outcomes["float64"]).any()
+
+
+@pytest.mark.parametrize("loss", gpu_bp.registry.LOSSES)
+def test_models_are_read_as_they_were_written(backend: Backend, tiny_config: Tiny, tmp_path: Path, loss: str) -> None:
+    activation = {"kind": "leaky_relu", "slope": 0.3}
+    config = tiny_config(loss={"kind": loss}, network={"activation": activation, "biases": False})
+    model = gpu_bp.train(config, backend=backend, run=tmp_path / "run").model
+    again = Model.load(tmp_path / "run/model.safetensors", backend)
+    inputs = np.random.default_rng(0).standard_normal((9, 2))
+    np.testing.assert_array_equal(again.network.predict(inputs), model.network.predict(inputs))
+    assert again.preparation == model.preparation
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        (None, "not a model of gpu_bp: 'gpu_bp'"),
+        ({"gpu_bp": "{"}, "not a model of gpu_bp"),
+        ({"gpu_bp": "[]"}, "not a model of gpu_bp"),
+        ({"gpu_bp": '{"format": 9}'}, "has model format 9, this version reads 1"),
+        ({"gpu_bp": '{"format": 1, "widths": "ab"}'}, "not a model of gpu_bp"),
+    ],
+)
+def test_files_that_are_no_model(tmp_path: Path, backend: Backend, description: Any, message: str) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"x": np.zeros(1)}, path, metadata=description)
+    with pytest.raises(UserError, match=message):
+        Model.load(path, backend)
+
+
+def test_run_folders_that_are_refused(tiny_config: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/file").touch()
+    with pytest.raises(UserError, match="used is not empty"):
+        gpu_bp.train(tiny_config(), backend="numpy", run=tmp_path / "used")
+    with pytest.raises(UserError, match="no such folder"):
+        gpu_bp.evaluate(tmp_path / "none")
+    with pytest.raises(UserError, match=r"is not a run folder: it has no config\.toml"):
+        gpu_bp.evaluate(tmp_path / "used")
+    with pytest.raises(UserError, match="not empty|Not a directory"):
+        gpu_bp.train(tiny_config(), backend="numpy", run=tmp_path / "used/file/run")
+
+
+def test_default_run_folders_do_not_collide(tiny_config: Tiny, in_tmp: Path) -> None:
+    folders = {gpu_bp.train(tiny_config(), backend="numpy").folder for _ in range(3)}
+    assert len(folders) == 3
+    assert all(folder.parent == Path("runs") and folder.name.startswith("tiny-") for folder in folders)
+
+
+def test_a_loss_that_needs_more_outputs(tiny_config: Tiny) -> None:
+    config = {**tiny_config(loss={"kind": "cross_entropy"}), "data": {"kind": "xor"}}
+    with pytest.raises(UserError, match=r"loss\.kind: cross_entropy needs at least 2 outputs, the targets give 1"):
+        gpu_bp.train(config, backend="numpy")
