@@ -49,10 +49,10 @@ RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
 ConfigArgument = Annotated[Path, typer.Argument(help="A config file (TOML).")]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The entry point: runs a command, and turns what it raises into an exit status."""
     try:
-        status = app(standalone_mode=False)
+        status = app(arguments, standalone_mode=False)
     except UserError as error:
         _fail(str(error))
     except typer.TyperException as error:

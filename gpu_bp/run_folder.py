@@ -39,8 +39,7 @@ class RunFolder:
         """
         path = path or _fresh(Path("runs"), f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise UserError(f"run folder {path} is not empty; choose another one with --run, or remove it")
+            cls.refuse_used(path)
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
             folder.config_file.write_text(dump_config(config), encoding="utf-8")
@@ -48,6 +47,12 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run folder {path}: {error.strerror}") from None
         return folder
+
+    @staticmethod
+    def refuse_used(path: Path) -> None:
+        """Raises UserError where there are files in the folder: a run never overwrites another."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"run folder {path} is not empty; choose another one with --run, or remove it")
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:

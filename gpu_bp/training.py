@@ -54,8 +54,11 @@ def train(
         config = parse_config(config)
     if isinstance(backend, str):
         backend, _ = select(backend)
+    path = Path(run) if run is not None else None
+    if path:
+        RunFolder.refuse_used(path)  # before the data are read; the folder is made once all else is well
     trainer = Trainer(config, backend)
-    folder = RunFolder.create(config, Path(run) if run is not None else None)
+    folder = RunFolder.create(config, path)
     steps: Lines = trainer.run(interrupted)
     for line in watch(trainer, steps) if watch else steps:
         if line is not None:

@@ -1,0 +1,298 @@
+"""The command line: what it prints, what it writes, and its exit status."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+from conftest import ROOT
+from matplotlib.image import imread
+
+from gpu_bp import UserError, backends, load_config
+from gpu_bp.cli import main
+
+Tiny = Callable[..., dict[str, Any]]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process: its exit status, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exited:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(exited.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def write(in_tmp: Path, tiny_config: Tiny) -> Callable[..., Path]:
+    """Writes a tiny config, with sections changed, into the working folder."""
+
+    def write(**sections: Any) -> Path:
+        path = in_tmp / "tiny.toml"
+        path.write_text(tomli_w.dumps(tiny_config(**sections)))
+        return path
+
+    return write
+
+
+def picture(path: Path) -> np.ndarray:
+    assert path.read_bytes().startswith(PNG)
+    pixels: np.ndarray = imread(path)
+    assert pixels.std() > 0.02, "the picture is blank"
+    return pixels
+
+
+def test_train_evaluate_predict(cli: Cli, write: Callable[..., Path], in_tmp: Path) -> None:
+    """The main path, on data with two inputs: pictures, metrics and predictions."""
+    status, out, err = cli("train", write(), "train.epochs=3", "--run", "run", "--backend", "numpy")
+    assert (status, err) == (0, "")
+    assert "numpy backend, as asked" in out
+    assert "epoch 3  step 21" in out
+    assert "run folder: run" in out
+    picture(in_tmp / "run/curves.png")
+    picture(in_tmp / "run/boundary.png")
+    assert not (in_tmp / "run/predictions.png").exists()
+    resolved = tomllib.loads((in_tmp / "run/config.toml").read_text())
+    assert resolved["train"]["epochs"] == 3
+    summary = json.loads((in_tmp / "run/summary.json").read_text())
+
+    status, out, err = cli("evaluate", "run", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out) == {name: summary[name] for name in ("train", "validation", "test")}
+    assert "accuracy" in cli("evaluate", "run")[1]
+
+    np.save("x.npy", np.array([[0.0, 8.0], [10.0, -4.0], [1e3, -1e3]]))
+    status, out, err = cli("predict", "run", "x.npy")
+    assert (status, err) == (0, "")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert len(rows) == 3
+    assert [row["class"] for row in rows] == ["upper" if float(row["y"]) > 0 else "lower" for row in rows]
+    assert cli("predict", "run", "x.npy", "-o", "y.csv") == (0, "", "")
+    assert Path("y.csv").read_text() == out
+    assert cli("predict", "run", "x.npy", "-o", "y.npy")[0] == 0
+    np.testing.assert_array_equal(np.load("y.npy")[:, 0], [float(row["y"]) for row in rows])
+
+
+def test_quiet(cli: Cli, write: Callable[..., Path]) -> None:
+    assert cli("train", write(), "--quiet", "--run", "run") == (0, "", "")
+
+
+def test_softmax_classes_have_probabilities(cli: Cli, write: Callable[..., Path]) -> None:
+    cli("train", write(loss={"kind": "cross_entropy"}), "--run", "run", "--quiet")
+    np.save("x.npy", np.array([[0.0, 8.0], [10.0, -4.0]]))
+    for row in csv.DictReader(io.StringIO(cli("predict", "run", "x.npy")[1])):
+        p = {name: float(row[f"p_{name}"]) for name in ("lower", "upper")}
+        assert sum(p.values()) == pytest.approx(1, abs=1e-6)
+        assert row["class"] == max(p, key=lambda name: p[name])
+
+
+def test_a_table_gives_raw_units(cli: Cli, in_tmp: Path) -> None:
+    """predict takes raw rows and gives raw units; on the test rows it reproduces the summary's mse."""
+    rng = np.random.default_rng(0)
+    lines, prices = ["kind,size,price"], []
+    for k in range(300):
+        size, kind = float(rng.uniform(10, 100)), "abc"[k % 3]
+        prices.append(1000 + 20 * size + 300 * (k % 3) + float(rng.standard_normal()))
+        lines.append(f"{kind},{size!r},{prices[-1]!r}")
+    Path("houses.csv").write_text("\n".join(lines) + "\n")
+    Path("houses.toml").write_text(
+        """
+        [data]
+        kind = "table"
+        path = "houses.csv"
+        target_columns = ["price"]
+        categorical_columns = ["kind"]
+        validation_rows = 30
+        test_rows = 60
+        [network]
+        hidden = [8]
+        [optimizer]
+        kind = "adam"
+        learning_rate = 0.01
+        [train]
+        epochs = 60
+        """
+    )
+    assert cli("train", "houses.toml", "--run", "run", "--quiet")[0] == 0
+    picture(in_tmp / "run/predictions.png")
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["test"]["r2"] > 0.99
+    Path("last.csv").write_text("\n".join([lines[0], *lines[-60:]]) + "\n")
+    out = cli("predict", "run", "last.csv")[1]
+    predicted = np.array([float(row["price"]) for row in csv.DictReader(io.StringIO(out))])
+    sd = np.std(prices[:210])
+    assert (((predicted - prices[-60:]) / sd) ** 2).mean() == pytest.approx(summary["test"]["mse"], abs=1e-6)
+    # the target column may be missing, and others may stand in another order
+    Path("bare.csv").write_text("size,kind\n50,a\n")
+    assert cli("predict", "run", "bare.csv")[0] == 0
+    for text, message in (
+        ("size\n50\n", "unknown column 'kind'"),
+        ("size,kind\n50,z\n", "bare.csv, line 2, column kind: 'z' does not occur in the training rows (a, b, c)"),
+    ):
+        Path("bare.csv").write_text(text)
+        status, _, err = cli("predict", "run", "bare.csv")
+        assert status == 2
+        assert message in err
+    np.save("x.npy", np.ones((2, 4)))
+    assert "give a .csv file" in cli("predict", "run", "x.npy")[2]
+
+
+def test_check_gradients(cli: Cli) -> None:
+    for name in ("xor", "double-moon", "encoder"):
+        status, out, _ = cli("check-gradients", ROOT / f"configs/{name}.toml", "--json")
+        report = json.loads(out)
+        assert status == 0
+        assert report["passed"]
+        assert {(a["layer"], a["array"]) for a in report["arrays"]} == {
+            (layer, array) for layer in (0, 1) for array in ("weights", "biases")
+        }
+        assert max(a["error"] for a in report["arrays"]) <= 1e-6
+    assert "the gradients agree" in cli("check-gradients", ROOT / "configs/xor.toml")[1]
+
+
+def test_check_gradients_fails_loudly(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.NumpyBackend, "hidden_delta", lambda *arguments: None)
+    status, out, _ = cli("check-gradients", ROOT / "configs/xor.toml")
+    assert status == 1
+    assert "do not agree" in out
+
+
+def test_info_and_schema(cli: Cli) -> None:
+    facts = json.loads(cli("info", "--json")[1])
+    assert facts["numpy"] == np.__version__
+    assert facts["backend"] in ("numpy", "cupy")
+    assert "python" in cli("info")[1]
+    assert json.loads(cli("schema")[1])["title"] == "Config"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "none.toml"], "config none.toml: No such file or directory"),
+        (["train", "tiny.toml", "network.hiden=[3]"], "did you mean network.hidden?"),
+        (["train", "tiny.toml", "--backend", "cuda"], "unknown backend 'cuda'; did you mean cupy?"),
+        (["train", "tiny.toml", "--run", "."], "run folder . is not empty"),
+        (["train"], "Missing argument"),
+        (["train", "tiny.toml", "--epochs", "3"], "No such option"),
+        (["evaluate", "none"], "none is not a run folder: there is no such folder"),
+        (["evaluate", "."], ". is not a run folder: it has no config.toml"),
+        (["predict", ".", "x.npy"], ". is not a run folder"),
+        (["predict", "run", "x.txt"], "x.txt: a .csv or .npy file is needed"),
+        (["predict", "run", "x.npy"], "inputs: no file x.npy"),
+        (["predict", "run", "wide.npy"], "wide.npy has 3 columns, this network takes 2 inputs"),
+        (["predict", "run", "good.npy", "-o", "y.txt"], "y.txt: the output must be a .csv or .npy file"),
+        (["predict", "run", "good.npy", "-o", "none/y.csv"], "No such file or directory"),
+        (["check-gradients", "none.toml"], "No such file"),
+        (["trian"], "No such command"),
+    ],
+)
+def test_errors_are_one_line(cli: Cli, write: Callable[..., Path], arguments: list[str], message: str) -> None:
+    write()
+    if "predict" in arguments and "run" in arguments:
+        cli("train", "tiny.toml", "--run", "run", "--quiet")
+        np.save("wide.npy", np.ones((2, 3)))
+        np.save("good.npy", np.ones((2, 2)))
+    status, _, err = cli(*arguments)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_cupy_never_falls_back(cli: Cli, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a usable GPU, `cupy` says what was tried and why it failed; `auto` says which it took and why."""
+    monkeypatch.setattr(backends, "_cupy", lambda: (None, "no CUDA driver or device: planted"))
+    status, _, err = cli("train", write(), "--backend", "cupy")
+    assert status == 2
+    assert err == (
+        "error: backend cupy cannot be used: no CUDA driver or device: planted; use --backend numpy, or auto\n"
+    )
+    status, out, _ = cli("train", "tiny.toml")
+    assert status == 0
+    assert out.startswith("numpy backend, because cupy cannot be used: no CUDA driver or device: planted\n")
+
+
+def test_a_cupy_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.delitem(sys.modules, "gpu_bp.backends.cupy_backend", raising=False)
+    monkeypatch.delattr(backends, "cupy_backend", raising=False)
+    with pytest.raises(UserError, match="backend cupy cannot be used: import cupy failed: "):
+        backends.select("cupy")
+    assert backends.select("auto")[0].name == "numpy"
+
+
+def command(*arguments: str, **keywords: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "gpu_bp", *arguments],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **keywords,
+    )
+
+
+def test_ctrl_c_leaves_a_readable_run(write: Callable[..., Path], cli: Cli) -> None:
+    write()
+    with command("train", "tiny.toml", "train.epochs=10000000", "--run", "run", "--backend", "numpy") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "step" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err + out
+    assert json.loads(Path("run/summary.json").read_text())["stopped"] == "interrupted"
+    assert cli("evaluate", "run", "--json")[0] == 0
+    assert load_config("run/config.toml").train.epochs == 10000000
+
+
+def test_no_traceback_when_the_reader_leaves(write: Callable[..., Path]) -> None:
+    with command("schema") as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def test_progress_bar_on_a_terminal(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal there is a bar with loss, speed and time left; in a pipe there are plain lines."""
+    write()
+    environment = {**os.environ, "FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "COLUMNS": "100"}
+    with command("train", "tiny.toml", "--run", "a", env=environment) as process:
+        bar, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert "14/14" in bar
+    assert "rows/s" in bar
+    with command("train", "tiny.toml", "--run", "b") as process:
+        plain, _ = process.communicate(timeout=60)
+    assert "\x1b" not in plain
+
+
+def test_the_source_folder_alone_says_what_to_do(tmp_path: Path) -> None:
+    """From a clone that is not installed, `gpu_bp.kernels` is missing: the message says what to run."""
+    blocker = "import sys; sys.modules['gpu_bp.kernels'] = None\nimport gpu_bp"
+    done = subprocess.run([sys.executable, "-c", blocker], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert "run `pip install -e .` in it" in done.stderr.splitlines()[-1]
