@@ -185,11 +185,13 @@ class Network:
         """
         y = inputs
         for layer, signal in zip(self.layers, signals, strict=True):
-            self.backend.matmul(y, layer.weights, signal.net_input, transpose_b=True)  # V = Y W.T
+            self.backend.matmul(y, layer.weights, signal.net_input, transpose_b=True)  # V = Y_prev W.T, b to come
             if isinstance(loss, FusedLoss) and layer is self.layers[-1]:
                 self.backend.activate(IDENTITY, signal.net_input, layer.biases, signal.net_input)  # V += b
             else:
-                self.backend.activate(layer.activation, signal.net_input, layer.biases, signal.output)  # phi(V + b)
+                self.backend.activate(
+                    layer.activation, signal.net_input, layer.biases, signal.output
+                )  # V += b, Y = phi(V)
             y = signal.output
         return y
 
@@ -201,15 +203,15 @@ class Network:
         for k in reversed(range(len(self.layers))):
             delta = signals[k].delta
             y_prev = signals[k - 1].output if k else inputs
-            self.backend.matmul(delta, y_prev, gradients[k].weights, transpose_a=True)  # dE/dW = Delta.T Y
+            self.backend.matmul(delta, y_prev, gradients[k].weights, transpose_a=True)  # dE/dW = Delta.T Y_prev
             if gradients[k].biases is not None:
                 self.backend.column_sums(delta, gradients[k].biases)  # dE/db
             if k:
                 below = signals[k - 1]
-                self.backend.matmul(delta, self.layers[k].weights, below.delta)  # Delta W
+                self.backend.matmul(delta, self.layers[k].weights, below.delta)  # E = Delta W, dE/dY of the layer below
                 phi = self.layers[k - 1].activation
                 assert isinstance(phi, Activation)
-                self.backend.hidden_delta(phi, below.delta, below.net_input, below.output)  # * phi'(V)
+                self.backend.hidden_delta(phi, below.delta, below.net_input, below.output)  # Delta = E * phi'(V)
 
     def views(self, buffer: Array) -> list[Layer]:
         """A flat buffer, such as the gradients, seen as layers."""

@@ -10,6 +10,8 @@ Names in the formulas, in CUDA and in NumPy (Haykin, *Neural Networks and Learni
     delta  local gradient, dE/dv               loss   the value of the loss
     T      the floating type of the kernel     s      scratch arrays of the twin (`Scratch`)
 
+(e and delta are derivatives of the loss: Haykin's with the sign turned.)
+
 A twin writes into the arrays it is given and makes none. Its output may be the same array as an input
 (`y` as `v`, `delta` as `e`), so it reads an element's inputs before it writes that element's output.
 """

@@ -79,4 +79,4 @@ class Step:
     def __call__(self, batch: Batch) -> None:
         self.objective.forward(batch)
         self.objective.backward(batch)
-        self.optimizer.step(self.objective.gradients, 1 / batch.n)
+        self.optimizer.step(self.objective.gradients, 1 / batch.n)  # 1 / total weight: each row weighs 1

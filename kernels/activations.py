@@ -13,7 +13,7 @@ from gpu_bp.spec import Activation, Parameter, RowActivation, Scratch, Twin
 
 Array = np.ndarray
 
-HAYKIN = "Haykin, Neural Networks and Learning Machines, 3rd ed., section 4.3"
+HAYKIN = "Haykin, Neural Networks and Learning Machines, 3rd ed., chapter 4"
 
 # Beyond this |v| the sigmoid-like factor of silu and gelu is exactly 0 or 1; holding v there keeps
 # infinity from giving infinity times zero.
@@ -67,7 +67,7 @@ def _logistic_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
 
 _logistic = Activation(
     name="logistic",
-    source=HAYKIN + ", eqs. 4.30 to 4.34 with a = 1",
+    source=HAYKIN,
     value=Twin("y = logistic(v);", _logistic_value),
     delta=Twin("delta = e * (y * (T(1) - y));", _logistic_delta),
     derivative_from="output",
@@ -91,7 +91,7 @@ def _tanh_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
 
 tanh = Activation(
     name="tanh",
-    source=HAYKIN + ", eqs. 4.35 to 4.38 with a = b = 1",
+    source=HAYKIN + ", with a = b = 1",
     value=Twin("y = tanh(v);", _tanh_value),
     delta=Twin("delta = e * ((T(1) - y) * (T(1) + y));", _tanh_delta),
     derivative_from="output",
@@ -114,7 +114,7 @@ def _scaled_tanh_delta(e: Array, y: Array, delta: Array, s: Scratch, a: float, b
 
 scaled_tanh = Activation(
     name="scaled_tanh",
-    source=HAYKIN + ", eqs. 4.35 to 4.38; LeCun (1993): phi(1) = 1, phi(-1) = -1",
+    source=HAYKIN + "; LeCun (1993): phi(1) = 1, phi(-1) = -1",
     parameters={"a": Parameter(1.7159, "(0, inf)"), "b": Parameter(2 / 3, "(0, inf)")},
     value=Twin("y = a * tanh(b * v);", _scaled_tanh_value),
     delta=Twin("delta = e * ((a - y) * (a + y) * (b / a));", _scaled_tanh_delta),

@@ -24,7 +24,7 @@ def _squared_error(y: Array, d: Array, loss: Array, e: Array, s: Scratch) -> Non
 
 squared_error = FreeLoss(
     name="squared_error",
-    source="Haykin, Neural Networks and Learning Machines, 3rd ed., eq. 4.2",
+    source="Haykin, Neural Networks and Learning Machines, 3rd ed., chapter 4",
     targets="real",
     gradient=Twin("const T r = y - d; loss = T(0.5) * r * r; e = r;", _squared_error),
 )
@@ -98,7 +98,7 @@ def _binary_cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Arra
 
 binary_cross_entropy = FusedLoss(
     name="binary_cross_entropy",
-    source="Haykin, eq. 10.33; Bishop, Pattern Recognition and Machine Learning, eq. 4.90",
+    source="Bishop, Pattern Recognition and Machine Learning, section 4.3.2",
     targets="unit",
     output_activation="logistic",
     delta=Twin(
@@ -138,7 +138,7 @@ def _cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Array, s: S
 
 cross_entropy = FusedLoss(
     name="cross_entropy",
-    source="Bridle (1990); Bishop, Pattern Recognition and Machine Learning, eqs. 4.108 and 4.109",
+    source="Bridle (1990); Bishop, Pattern Recognition and Machine Learning, section 4.3.4",
     targets="classes",
     least_outputs=2,
     output_activation="softmax",

@@ -24,7 +24,7 @@ def _sgd(w: Array, g: Array, s: Scratch, rate: float) -> None:
 
 sgd = Update(
     name="sgd",
-    source=HAYKIN + ", eq. 4.27",
+    source=HAYKIN + ", chapter 4: the delta rule",
     scalar_names=("rate",),
     scalars=lambda step, learning_rate: {"rate": learning_rate},
     update=Twin("w -= rate * g;", _sgd),
@@ -44,7 +44,7 @@ def _momentum(w: Array, g: Array, change: Array, s: Scratch, rate: float, moment
 
 momentum = Update(
     name="momentum",
-    source=HAYKIN + ", eq. 4.41",
+    source=HAYKIN + ", chapter 4: the generalized delta rule",
     parameters={"momentum": Parameter(0.9, "[0, 1)")},
     state=("change",),
     scalar_names=("rate", "momentum"),

@@ -152,7 +152,7 @@ def test_activations_that_rise_never_fall(a: float, b: float) -> None:
 
 
 def test_haykins_scaled_tanh() -> None:
-    """phi(1) = 1 and phi(-1) = -1, and the slope at the origin is 1.1424 (Haykin, section 4.3)."""
+    """phi(1) = 1 and phi(-1) = -1, and the slope at the origin is 1.1424 (Haykin, chapter 4)."""
     y, slope = value_and_derivative(NumpyBackend(), RECORDS["scaled_tanh"], np.array([-1.0, 0.0, 1.0]))
     np.testing.assert_allclose(y, [-1, 0, 1], atol=1e-4)
     assert slope[1] == pytest.approx(1.1424, abs=2e-3)

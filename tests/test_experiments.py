@@ -44,7 +44,9 @@ def test_xor(backend: Backend, tmp_path: Path) -> None:
     summaries = runs(backend, tmp_path, "xor", 100)
     solved = [summary["steps"] for summary in summaries if summary["train"]["errors"] == 0]
     sweeps = sorted(summary["steps"] for summary in summaries)
-    print(f"\nxor: {len(solved)} of 100 solved, sweeps {min(solved)} to {max(solved)}, median of all {median(sweeps):g}")
+    print(
+        f"\nxor: {len(solved)} of 100 solved, sweeps {min(solved)} to {max(solved)}, median of all {median(sweeps):g}"
+    )
     assert len(solved) >= 90
     assert median(sweeps) < 700
 

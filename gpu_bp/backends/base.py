@@ -44,7 +44,7 @@ class Backend(Protocol):
         """
 
     def hidden_delta(self, activation: Activation, delta: Array, net_input: Array, output: Array) -> None:
-        """delta *= phi', in place: the local gradient from what came back from the layer above."""
+        """delta *= phi', in place: what came back from the layer above, dE/dy, becomes the local gradient."""
 
     def output_delta(
         self,

@@ -29,7 +29,7 @@ class Rows:
 
 
 def double_moon(seed: int, start: int, n: int, *, radius: float, width: float, distance: float) -> Rows:
-    """Two half rings facing each other (Haykin, section 1.5): even rows the upper one, odd rows the lower.
+    """Two half rings facing each other (Haykin, chapter 1): even rows the upper one, odd rows the lower.
 
     Points are uniform over the area of a ring of that mean radius and width. The lower ring stands `radius`
     to the right, and `distance` below the x axis: a negative distance moves it up, between the horns of the

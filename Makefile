@@ -1,0 +1,41 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes what it needs in .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint typecheck wheel-check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
+
+.venv/demo.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@ .venv/demo.stamp
+
+install: .venv/dev.stamp  ## a virtual environment with all that development needs
+
+demo: .venv/demo.stamp  ## train the double moon, and say where the pictures are
+	$(BIN)/gpu-bp train configs/double-moon.toml
+
+test: .venv/dev.stamp  ## the unit tests, a few minutes
+	$(BIN)/pytest -n 2 -m 'not slow'
+
+test-all: .venv/dev.stamp  ## all tests: the published experiments and the packaging too
+	$(BIN)/pytest -n 2
+
+lint: .venv/dev.stamp  ## formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+wheel-check: .venv/dev.stamp  ## build the wheel; type-check it and train with it, each in an empty environment
+	sh .ci/wheel-check $(PYTHON)
+
+clean:  ## remove what the other targets made, but no runs
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
