@@ -14,8 +14,8 @@ ENV PATH=/opt/gpu-bp/bin:$PATH
 
 # Not as root; configs and data are mounted into the working folder, which is nowhere near the source. CuPy keeps its
 # compiled kernels, and matplotlib its font list, in the home folder.
-RUN useradd --create-home --uid 10001 trainer && mkdir /work && chown trainer /work
+RUN useradd --create-home --uid 10001 trainer && mkdir /workspace && chown trainer /workspace
 USER trainer
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["gpu-bp"]
 CMD ["info"]
