@@ -3,25 +3,18 @@
 To add one: write its record here; the table at the end is what the rest of the package reads.
 """
 
-import math
-
 import numpy as np
-from scipy.special import erfc
+from scipy.special import expit
 
-from gpu_bp.kernels.functions import clamp, logistic
-from gpu_bp.spec import Activation, Parameter, RowActivation, Scratch, Twin
+from gpu_bp.kernels.functions import clamp
+from gpu_bp.kernels.gated import gelu, gelu_tanh, silu
+from gpu_bp.kernels.softmax import softmax
+from gpu_bp.spec import Activation, Parameter, Scratch, Twin
 
 Array = np.ndarray
 
 HAYKIN = "Haykin, Neural Networks and Learning Machines, 3rd ed., chapter 4"
 
-# Beyond this |v| the sigmoid-like factor of silu and gelu is exactly 0 or 1; holding v there keeps
-# infinity from giving infinity times zero.
-SATURATED = "T(1e4)"
-_SATURATED = 1e4
-
-_SQRT_HALF = math.sqrt(0.5)
-_INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 _SELU_SCALE = 1.0507009873554804934193349852946
 _SELU_ALPHA = 1.6732632423543772848170429916717
 
@@ -56,7 +49,7 @@ identity = Activation(
 
 
 def _logistic_value(v: Array, y: Array, s: Scratch) -> None:
-    logistic(v, out=y)
+    expit(v, out=y)
 
 
 def _logistic_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
@@ -65,7 +58,7 @@ def _logistic_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
     np.multiply(e, s.a, out=delta)
 
 
-_logistic = Activation(
+logistic = Activation(
     name="logistic",
     source=HAYKIN,
     value=Twin("y = logistic(v);", _logistic_value),
@@ -276,131 +269,6 @@ softsign = Activation(
 )
 
 
-# silu: y = v logistic(v), and gelu_tanh, which is v logistic(2u) with another u -------------------------------
-# phi' = p (1 + v (1 - p) 2u'), with p the logistic factor. For gelu_tanh 1/2 (1 + tanh u) is written
-# logistic(2u), since 1 + tanh(u) cancels for u far below zero.
-
-
-def _silu_value(v: Array, y: Array, s: Scratch) -> None:
-    np.maximum(v, -_SATURATED, out=s.a)
-    logistic(s.a, out=s.b)
-    np.multiply(s.a, s.b, out=y)
-
-
-def _silu_delta(e: Array, v: Array, delta: Array, s: Scratch) -> None:
-    clamp(v, -_SATURATED, _SATURATED, out=s.a)
-    logistic(s.a, out=s.b)
-    np.subtract(1, s.b, out=s.c)
-    s.a *= s.c
-    s.a += 1
-    s.a *= s.b
-    np.multiply(e, s.a, out=delta)
-
-
-silu = Activation(
-    name="silu",
-    source="Elfwing, Uchibe and Doya (2018)",
-    value=Twin(f"const T c = v < -{SATURATED} ? -{SATURATED} : v; y = c * logistic(c);", _silu_value),
-    delta=Twin(
-        f"const T c = clamp(v, -{SATURATED}, {SATURATED}); const T p = logistic(c);"
-        " delta = e * (p * (T(1) + c * (T(1) - p)));",
-        _silu_delta,
-    ),
-    derivative_from="net_input",
-)
-
-_TWO_C = 2 * math.sqrt(2 / math.pi)
-_CUBIC = 0.044715
-
-
-def _gelu_tanh_value(v: Array, y: Array, s: Scratch) -> None:
-    clamp(v, -_SATURATED, _SATURATED, out=s.c)
-    np.multiply(s.c, s.c, out=s.a)
-    s.a *= _TWO_C * _CUBIC
-    s.a += _TWO_C
-    s.a *= s.c
-    logistic(s.a, out=s.b)
-    np.maximum(v, -_SATURATED, out=s.a)
-    np.multiply(s.a, s.b, out=y)
-
-
-def _gelu_tanh_delta(e: Array, v: Array, delta: Array, s: Scratch) -> None:
-    clamp(v, -_SATURATED, _SATURATED, out=s.c)
-    np.multiply(s.c, s.c, out=s.a)
-    np.multiply(s.a, _TWO_C * _CUBIC, out=s.b)
-    s.b += _TWO_C
-    s.b *= s.c
-    logistic(s.b, out=s.b)  # p
-    s.a *= 3 * _TWO_C * _CUBIC
-    s.a += _TWO_C  # 2u'
-    s.a *= s.c
-    np.subtract(1, s.b, out=s.c)
-    s.a *= s.c
-    s.a += 1
-    s.a *= s.b
-    np.multiply(e, s.a, out=delta)
-
-
-_GELU_TANH_P = (
-    f"const T c = clamp(v, -{SATURATED}, {SATURATED});"
-    f" const T p = logistic(c * (T({_TWO_C}) + T({_TWO_C * _CUBIC}) * c * c));"
-)
-
-gelu_tanh = Activation(
-    name="gelu_tanh",
-    source="Hendrycks and Gimpel (2016), the approximation by tanh",
-    value=Twin(f"{_GELU_TANH_P} y = (v < -{SATURATED} ? -{SATURATED} : v) * p;", _gelu_tanh_value),
-    delta=Twin(
-        f"{_GELU_TANH_P} const T du = T({_TWO_C}) + T({3 * _TWO_C * _CUBIC}) * c * c;"
-        " delta = e * (p * (T(1) + c * (T(1) - p) * du));",
-        _gelu_tanh_delta,
-    ),
-    derivative_from="net_input",
-)
-
-
-# gelu: y = v Phi(v), Phi the normal distribution function -------------------------------------------------
-# Phi(v) = erfc(-v / sqrt(2)) / 2, since 1 + erf cancels for v far below zero.
-
-
-def _gelu_value(v: Array, y: Array, s: Scratch) -> None:
-    np.maximum(v, -_SATURATED, out=s.a)
-    np.multiply(s.a, -_SQRT_HALF, out=s.b)
-    erfc(s.b, out=s.b)
-    s.b *= 0.5
-    np.multiply(s.a, s.b, out=y)
-
-
-def _gelu_delta(e: Array, v: Array, delta: Array, s: Scratch) -> None:
-    clamp(v, -_SATURATED, _SATURATED, out=s.a)
-    np.multiply(s.a, -_SQRT_HALF, out=s.b)
-    np.multiply(s.b, s.b, out=s.c)
-    np.negative(s.c, out=s.c)
-    np.exp(s.c, out=s.c)
-    s.c *= _INV_SQRT_2PI  # the normal density
-    s.c *= s.a
-    erfc(s.b, out=s.b)
-    s.b *= 0.5
-    s.b += s.c
-    np.multiply(e, s.b, out=delta)
-
-
-gelu = Activation(
-    name="gelu",
-    source="Hendrycks and Gimpel (2016)",
-    value=Twin(
-        f"const T c = v < -{SATURATED} ? -{SATURATED} : v; y = c * (T(0.5) * erfc(c * T({-_SQRT_HALF})));",
-        _gelu_value,
-    ),
-    delta=Twin(
-        f"const T c = clamp(v, -{SATURATED}, {SATURATED}); const T z = c * T({-_SQRT_HALF});"
-        f" delta = e * (T(0.5) * erfc(z) + c * (T({_INV_SQRT_2PI}) * exp(-z * z)));",
-        _gelu_delta,
-    ),
-    derivative_from="net_input",
-)
-
-
 # hard sigmoid: y = v / 6 + 1 / 2, held between 0 and 1 ----------------------------------------------------
 
 
@@ -428,39 +296,9 @@ hard_sigmoid = Activation(
 )
 
 
-# softmax: y_j = exp(v_j) / sum_k exp(v_k), over a row -----------------------------------------------------
-# The largest v of the row is taken off first, so that exp cannot overflow.
-
-SOFTMAX_CUDA = """
-T top = v[0];
-for (int j = lane; j < n; j += 32) top = v[j] > top ? v[j] : top;
-top = warp_max(top);
-T sum = T(0);
-for (int j = lane; j < n; j += 32) { y[j] = exp(v[j] - top); sum += y[j]; }
-sum = warp_sum(sum);
-for (int j = lane; j < n; j += 32) y[j] /= sum;
-"""
-
-
-def softmax_rows(v: Array, y: Array, s: Scratch) -> None:
-    """Softmax; leaves the row's largest v in s.row_a and the sum of exp(v - largest) in s.row_b."""
-    np.maximum.reduce(v, axis=1, keepdims=True, out=s.row_a)
-    np.subtract(v, s.row_a, out=y)
-    np.exp(y, out=y)
-    np.add.reduce(y, axis=1, keepdims=True, out=s.row_b)
-    y /= s.row_b
-
-
-softmax = RowActivation(
-    name="softmax",
-    source="Bridle (1990)",
-    value=Twin(SOFTMAX_CUDA, softmax_rows),
-)
-
-
 ACTIVATIONS = (
     identity,
-    _logistic,
+    logistic,
     tanh,
     scaled_tanh,
     relu,

@@ -1,7 +1,9 @@
-"""Functions that several formulas share, for CUDA and for NumPy: stable over the whole range."""
+"""Functions that several formulas share, for CUDA and for NumPy: stable over the whole range.
+
+(The twin of CUDA's `logistic` is scipy.special.expit.)
+"""
 
 import numpy as np
-from scipy.special import expit
 
 CUDA_FUNCTIONS = r"""
 // exp of a number that is never positive cannot overflow.
@@ -14,8 +16,6 @@ template <typename T> __device__ inline T clamp(T v, T low, T high) {
     return v < low ? low : (v > high ? high : v);
 }
 """
-
-logistic = expit
 
 
 def clamp(v: np.ndarray, low: float, high: float, out: np.ndarray) -> None:

@@ -5,9 +5,10 @@ rest of the package reads.
 """
 
 import numpy as np
+from scipy.special import expit
 
-from gpu_bp.kernels.activations import SOFTMAX_CUDA, softmax_rows
-from gpu_bp.kernels.functions import clamp, logistic
+from gpu_bp.kernels.functions import clamp
+from gpu_bp.kernels.softmax import SOFTMAX_CUDA, softmax_rows
 from gpu_bp.spec import FreeLoss, FusedLoss, Parameter, Scratch, Twin
 
 Array = np.ndarray
@@ -88,7 +89,7 @@ def _binary_cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Arra
     np.maximum(v, 0, out=s.b)
     np.negative(v, out=s.c)
     np.maximum(s.c, 0, out=s.c)  # not max(v, 0) - v, which is NaN at infinity
-    logistic(v, out=y)
+    expit(v, out=y)
     np.subtract(1, d, out=loss)
     loss *= s.b
     s.c *= d
