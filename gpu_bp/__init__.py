@@ -9,16 +9,16 @@ from gpu_bp import registry
 from gpu_bp.backends import select
 from gpu_bp.config import Config
 from gpu_bp.config_file import dump_config, load_config, parse_config
-from gpu_bp.data import Dataset, load
+from gpu_bp.data import Dataset, load_data
 from gpu_bp.data.batches import Batch, Batches, ResidentSource, Source
 from gpu_bp.errors import UserError
 from gpu_bp.gradcheck import check_gradients
 from gpu_bp.model import Model
 from gpu_bp.network import Layer, Layout, Network, Signals
 from gpu_bp.optimizer import Optimizer
+from gpu_bp.runs import Result, evaluate, train
 from gpu_bp.step import Objective, Step
 from gpu_bp.trainer import Trainer
-from gpu_bp.training import Result, evaluate, train
 
 __all__ = [
     "Batch",
@@ -41,8 +41,8 @@ __all__ = [
     "check_gradients",
     "dump_config",
     "evaluate",
-    "load",
     "load_config",
+    "load_data",
     "parse_config",
     "registry",
     "select",

@@ -26,15 +26,15 @@ from rich.console import Console
 from gpu_bp.backends import select
 from gpu_bp.config import Config
 from gpu_bp.config_file import load_config
-from gpu_bp.data import load
+from gpu_bp.data import load_data
 from gpu_bp.errors import UserError
 from gpu_bp.gradcheck import TOLERANCE, check_gradients
 from gpu_bp.model import Model
 from gpu_bp.progress import watch
 from gpu_bp.run_folder import RunFolder
+from gpu_bp.runs import evaluate as evaluate_run
+from gpu_bp.runs import train as train_run
 from gpu_bp.trainer import build_network
-from gpu_bp.training import evaluate as evaluate_run
-from gpu_bp.training import train as train_run
 
 app = typer.Typer(
     help="Backpropagation for dense networks, on CuPy or NumPy.",
@@ -91,7 +91,7 @@ def train(
     if not stopped:
         from gpu_bp.report import draw
 
-        pictures = draw(RunFolder(result.folder), result.model, load(parsed))
+        pictures = draw(RunFolder(result.folder), result.model, load_data(parsed))
         console.print("pictures: " + ", ".join(str(path) for path in pictures), markup=False, soft_wrap=True)
     console.print(f"run folder: {result.folder}", markup=False, soft_wrap=True)
     return 130 if stopped else 0
@@ -140,7 +140,7 @@ def predict(
 def check(config: ConfigArgument, as_json: JsonOption = False, rows: Annotated[int, typer.Option(min=1)] = 16) -> int:
     """Compare backpropagation with central differences at a config's initial parameters."""
     parsed = load_config(config)
-    dataset = load(parsed)
+    dataset = load_data(parsed)
     backend, _ = select("numpy")
     network = build_network(parsed, dataset, backend, dtype="float64")
     split = dataset.splits["train"]

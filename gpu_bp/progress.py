@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gpu_bp.runs import Lines
 from gpu_bp.trainer import Trainer
-from gpu_bp.training import Lines
 
 INTERVAL = 1.0  # seconds between two plain lines, or 0.1 of it between two looks of the bar
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpu_bp.backends import Backend
 from gpu_bp.config import Config, FactorSchedule, LinearSchedule
-from gpu_bp.data import Dataset, load
+from gpu_bp.data import Dataset, load_data
 from gpu_bp.data.batches import Batches, ResidentSource
 from gpu_bp.data.task import Metrics, Task
 from gpu_bp.errors import UserError
@@ -78,7 +78,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, backend: Backend, dataset: Dataset | None = None) -> None:
-        dataset = dataset or load(config)
+        dataset = dataset or load_data(config)
         train, loss = config.train, config.loss.record()
         network = build_network(config, dataset, backend)
         self.config = config

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_bp import Batches, Dataset, ResidentSource, UserError, load, parse_config
+from gpu_bp import Batches, Dataset, ResidentSource, UserError, load_data, parse_config
 from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.data import synthetic
 from gpu_bp.data.batches import order
@@ -36,7 +36,7 @@ def load_table(
     section = {"kind": "table", "path": str(path), "target_columns": ["price"], "drop_columns": ["id"]}
     section |= {"categorical_columns": ["colour"], **data}
     config = tiny_config(loss={"kind": loss})
-    return load(parse_config({**config, "data": section}))
+    return load_data(parse_config({**config, "data": section}))
 
 
 # synthetic ---------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_linear_noise_is_what_it_says() -> None:
 
 
 def test_splits_are_disjoint_rows(tiny_config: Tiny) -> None:
-    dataset = load(parse_config(tiny_config()))
+    dataset = load_data(parse_config(tiny_config()))
     assert {name: len(split.inputs) for name, split in dataset.splits.items()} == {
         "train": 50,
         "validation": 20,
@@ -104,7 +104,7 @@ def test_splits_are_disjoint_rows(tiny_config: Tiny) -> None:
 def test_targets_are_coded_for_the_loss(
     tiny_config: Tiny, kind: str, loss: str, decision: str, targets: list[Any] | None
 ) -> None:
-    dataset = load(parse_config({**tiny_config(loss={"kind": loss}), "data": {"kind": kind}}))
+    dataset = load_data(parse_config({**tiny_config(loss={"kind": loss}), "data": {"kind": kind}}))
     assert dataset.task.decision == decision
     if targets is not None:
         np.testing.assert_array_equal(dataset.splits["train"].targets[:2], targets)
@@ -214,6 +214,7 @@ def test_numeric_categories_stand_in_their_order(tiny_config: Tiny, tmp_path: Pa
     [
         ("", {}, "t.csv is empty"),
         ("id,colour,price\n", {}, "t.csv has a header and no rows"),
+        ("1,2\n3,4\n", {}, "t.csv, line 1: a header with the names of the columns is needed, not numbers"),
         (TABLE + "7,red,7.0,10\n", {}, "t.csv, line 8: 4 fields, the header has 5"),
         (TABLE.replace("3.0", "three"), {}, "t.csv, line 4, column size: 'three' is not a number"),
         (TABLE.replace("3.0", ""), {}, "t.csv, line 4, column size: the field is empty"),
@@ -244,7 +245,7 @@ def test_tables_that_are_refused(
 def test_a_missing_table(tiny_config: Tiny, tmp_path: Path) -> None:
     section = {"kind": "table", "path": str(tmp_path / "none.csv"), "target_columns": ["y"]}
     with pytest.raises(UserError, match=r"no file .*none\.csv"):
-        load(parse_config({**tiny_config(), "data": section}))
+        load_data(parse_config({**tiny_config(), "data": section}))
 
 
 @pytest.mark.parametrize("loss", ["binary_cross_entropy", "cross_entropy"])
@@ -260,7 +261,7 @@ def load_arrays(tiny_config: Tiny, folder: Path, x: Any, d: Any, loss: str = "sq
     np.save(folder / "x.npy", x)
     np.save(folder / "d.npy", d)
     section = {"kind": "arrays", "inputs": str(folder / "x.npy"), "targets": str(folder / "d.npy"), **data}
-    return load(parse_config({**tiny_config(loss={"kind": loss}), "data": section}))
+    return load_data(parse_config({**tiny_config(loss={"kind": loss}), "data": section}))
 
 
 def test_arrays(tiny_config: Tiny, tmp_path: Path) -> None:
@@ -316,7 +317,7 @@ def test_files_that_are_no_arrays(tiny_config: Tiny, tmp_path: Path, content: by
         (tmp_path / "x.npy").write_bytes(content)
     section = {"kind": "arrays", "inputs": str(tmp_path / "x.npy"), "targets": str(tmp_path / "d.npy")}
     with pytest.raises(UserError, match=r"data.inputs: .*x\.npy"):
-        load(parse_config({**tiny_config(), "data": section}))
+        load_data(parse_config({**tiny_config(), "data": section}))
 
 
 def test_no_pickle(tiny_config: Tiny, tmp_path: Path) -> None:
@@ -324,7 +325,7 @@ def test_no_pickle(tiny_config: Tiny, tmp_path: Path) -> None:
     np.save(tmp_path / "d.npy", np.ones(3))
     section = {"kind": "arrays", "inputs": str(tmp_path / "x.npy"), "targets": str(tmp_path / "d.npy")}
     with pytest.raises(UserError, match="not a .npy file"):
-        load(parse_config({**tiny_config(), "data": section}))
+        load_data(parse_config({**tiny_config(), "data": section}))
 
 
 def test_gather_writes_into_its_output() -> None:

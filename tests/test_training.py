@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import gpu_bp
 from gpu_bp import Model, UserError, parse_config
 from gpu_bp.backends import Backend
-from gpu_bp.data import load
+from gpu_bp.data import load_data
 from gpu_bp.trainer import Trainer, build_network
 
 Tiny = Callable[..., dict[str, Any]]
@@ -147,7 +147,7 @@ def test_initial_weights(
 ) -> None:
     config = tiny_config(network={"hidden": [200, 300], "weights": weights})
     parsed = parse_config(config)
-    tensors = build_network(parsed, load(parsed), backend).tensors()
+    tensors = build_network(parsed, load_data(parsed), backend).tensors()
     drawn = tensors["layers.1.weights"]  # 300 x 200
     assert drawn.std() == pytest.approx(sd, rel=0.02)
     assert drawn.mean() == pytest.approx((low + high) / 2, abs=0.01)

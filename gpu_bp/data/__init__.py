@@ -1,4 +1,4 @@
-"""From a config to rows of numbers: `load` gives the training, validation and test rows of any kind of data."""
+"""From a config to rows of numbers: `load_data` gives the training, validation and test rows of any kind of data."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Dataset:
         return int(self.splits["train"].inputs.shape[1])
 
 
-def load(config: Config) -> Dataset:
+def load_data(config: Config) -> Dataset:
     """The data of a config, targets coded for its loss.
 
     Raises:

@@ -54,6 +54,8 @@ class Table:
         for name in self.names:
             if self.names.count(name) > 1:
                 raise UserError(f"{path}, line 1: the column {name!r} is there twice")
+        if all(map(_is_number, self.names)):
+            raise UserError(f"{path}, line 1: a header with the names of the columns is needed, not numbers")
         if not rows:
             raise UserError(f"{path} has a header and no rows")
         self._columns = dict(zip(self.names, zip(*rows, strict=True), strict=True))
@@ -87,6 +89,14 @@ class Table:
     def fault(self, name: str, row: int, what: str) -> UserError:
         """The error for one field of the file."""
         return UserError(f"{self.path}, line {self.lines[row]}, column {name}: {what}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -127,11 +137,8 @@ class Categorical:
     @classmethod
     def fit(cls, table: Table, name: str, n_train: int) -> Categorical:
         """The categories of the training rows: numbers in their order, or else text in its."""
-        seen = set(table.text(name)[:n_train])
-        try:
-            return cls(name, tuple(sorted(seen, key=float)))
-        except ValueError:
-            return cls(name, tuple(sorted(seen)))
+        seen = sorted(set(table.text(name)[:n_train]))
+        return cls(name, tuple(sorted(seen, key=float) if all(map(_is_number, seen)) else seen))
 
     def input_names(self) -> list[str]:
         return [f"{self.name}={category}" for category in self.categories]

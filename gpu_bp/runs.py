@@ -10,7 +10,7 @@ from typing import Any
 from gpu_bp.backends import Backend, select
 from gpu_bp.config import Config
 from gpu_bp.config_file import load_config, parse_config
-from gpu_bp.data import load
+from gpu_bp.data import load_data
 from gpu_bp.data.batches import ResidentSource
 from gpu_bp.model import Model
 from gpu_bp.run_folder import RunFolder
@@ -91,7 +91,7 @@ def evaluate(run: str | Path, *, backend: str | Backend = "auto") -> dict[str, d
         backend, _ = select(backend)
     folder = RunFolder.open(Path(run))
     model, config = Model.load(folder.model_file, backend), folder.config()
-    dataset, loss = load(config), config.loss.record()
+    dataset, loss = load_data(config), config.loss.record()
     result = {}
     for name, split in dataset.splits.items():
         source = ResidentSource(backend, split.inputs, split.targets, model.network.dtype)
