@@ -29,6 +29,9 @@ class Backend(Protocol):
     def to_host(self, array: Array) -> np.ndarray:
         """A new host array with the values of a device array. Waits for the device."""
 
+    def synchronize(self) -> None:
+        """Waits until the device has done all that it was given."""
+
     def gather(self, table: Array, rows: Array, out: Array) -> None:
         """out = table[rows]; rows are int64 row numbers on the device."""
 

@@ -246,6 +246,9 @@ class CupyBackend:
         host: np.ndarray = cupy.asnumpy(array)
         return host
 
+    def synchronize(self) -> None:
+        cupy.cuda.get_current_stream().synchronize()
+
     def gather(self, table: Array, rows: Array, out: Array) -> None:
         cupy.take(table, rows, axis=0, out=out)
 

@@ -57,6 +57,9 @@ class NumpyBackend:
     def to_host(self, array: Array) -> np.ndarray:
         return np.array(array)
 
+    def synchronize(self) -> None:
+        pass  # NumPy has done everything when it returns
+
     def gather(self, table: Array, rows: Array, out: Array) -> None:
         # mode="clip": with "raise", take would write into a copy of out first
         np.take(table, rows, axis=0, out=out, mode="clip")
