@@ -53,6 +53,14 @@ def _add_one() -> Any:
     return cupy.ElementwiseKernel("T x", "T y", "y = x + T(1)", "gpu_bp_add_one")
 
 
+@functools.cache
+def cublas() -> Any:
+    """The module cupy.cublas, which cupy itself does not import. Late, because to import it loads the library."""
+    import cupy.cublas
+
+    return cupy.cublas
+
+
 # The kernels -----------------------------------------------------------------------------------------------
 
 
@@ -242,8 +250,8 @@ class CupyBackend:
         cupy.take(table, rows, axis=0, out=out)
 
     def matmul(self, a: Array, b: Array, out: Array, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
-        # cublas.gemm rather than cupy.matmul, which allocates for products of 1 x 1
-        cupy.cublas.gemm("T" if transpose_a else "N", "T" if transpose_b else "N", a, b, out=out)
+        # gemm rather than cupy.matmul, which allocates for products of 1 x 1
+        cublas().gemm("T" if transpose_a else "N", "T" if transpose_b else "N", a, b, out=out)
 
     def activate(
         self, activation: Activation | RowActivation, net_input: Array, biases: Array | None, output: Array
