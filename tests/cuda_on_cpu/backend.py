@@ -6,9 +6,9 @@ import importlib.util
 from types import ModuleType
 from typing import Any
 
+from cuda_on_cpu import codegen
+from cuda_on_cpu.fake_cupy import FakeCupy
 from gpu_bp.backends import Backend
-from tests.cuda import codegen
-from tests.cuda.fake_cupy import FakeCupy
 
 MODULE = "gpu_bp.backends.cupy_backend"
 

@@ -9,6 +9,7 @@ that happens with the pinned version.
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,10 +45,9 @@ def real_cupy() -> ModuleType:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as: no CUDA toolkit path
-            import cupy
+            return importlib.import_module("cupy")
     except ImportError as error:
         pytest.fail(f"the kernel tests need CuPy: pip install 'cupy-cuda13x==14.2.*' ({error})", pytrace=False)
-    return cupy
 
 
 @functools.cache

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cuda import codegen
+from cuda_on_cpu import codegen
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.hpp")
-# No contraction: a fused multiply-add rounds once where the twin rounds twice. -w: CuPy's headers are for another compiler.
+# No contraction: a fused multiply-add rounds once where the twin rounds twice. No warnings: CuPy's headers are
+# meant for another compiler.
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 
 FAILURES = {
@@ -147,7 +148,7 @@ class Kernel:
         """What the compiled function takes."""
         ask = self._library.gpu_bp_parameter
         ask.restype = Parameter
-        found = []
+        found: list[Parameter] = []
         while (parameter := ask(len(found))).bytes:
             found.append(parameter)
         return tuple(found)

@@ -81,7 +81,7 @@ def _guarded(shape: Any, dtype: np.dtype[Any], order: str) -> tuple[np.ndarray, 
     return memory, host
 
 
-class ndarray:  # noqa: N801  the name that CuPy gives it
+class ndarray:
     """A stand-in for cupy.ndarray, stricter than it: what this project does not use is not there.
 
     `host` is its data as a NumPy array, for `fake_cupy` and for tests that have to look.
@@ -163,7 +163,7 @@ class ndarray:  # noqa: N801  the name that CuPy gives it
         return self._view(new)
 
     @property
-    def T(self) -> ndarray:  # noqa: N802
+    def T(self) -> ndarray:
         return self._view(self.host.T)
 
     def copy(self, order: str = "C") -> ndarray:

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.cuda import codegen
-from tests.cuda.cpu import Kernel, array_argument, indexer_argument, pointer_argument, scalar_argument
-from tests.cuda.device import CaptureError, Device, Order, ndarray
+from cuda_on_cpu import codegen
+from cuda_on_cpu.cpu import Kernel, array_argument, indexer_argument, pointer_argument, scalar_argument
+from cuda_on_cpu.device import CaptureError, Device, Order, ndarray
 
 DEFAULT_BLOCK = 128
 
@@ -33,8 +33,6 @@ class FakeCupy:
         order: in which the threads of a kernel run.
         gemm_in_capture: whether `cublas.gemm` may be captured. CuPy refuses it, although CUDA does not.
     """
-
-    ndarray = ndarray
 
     def __init__(self, order: Order = "forward", *, gemm_in_capture: bool = False) -> None:
         codegen.require()
@@ -53,10 +51,10 @@ class FakeCupy:
             Stream=lambda non_blocking=False: Stream(self.device),
         )
 
-    def ElementwiseKernel(self, *arguments: Any, **named: Any) -> ElementwiseKernel:  # noqa: N802
+    def ElementwiseKernel(self, *arguments: Any, **named: Any) -> ElementwiseKernel:
         return ElementwiseKernel(self.device, codegen.real_cupy().ElementwiseKernel(*arguments, **named))
 
-    def RawKernel(self, code: str, name: str) -> RawKernel:  # noqa: N802
+    def RawKernel(self, code: str, name: str) -> RawKernel:
         return RawKernel(self.device, code, name)
 
     def empty(self, shape: Any, dtype: Any = np.float64) -> ndarray:
