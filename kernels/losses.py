@@ -86,7 +86,8 @@ def _binary_cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Arra
     np.exp(s.a, out=s.a)
     np.log1p(s.a, out=s.a)
     np.maximum(v, 0, out=s.b)
-    np.subtract(s.b, v, out=s.c)  # max(-v, 0), exactly
+    np.negative(v, out=s.c)
+    np.maximum(s.c, 0, out=s.c)  # not max(v, 0) - v, which is NaN at infinity
     logistic(v, out=y)
     np.subtract(1, d, out=loss)
     loss *= s.b
