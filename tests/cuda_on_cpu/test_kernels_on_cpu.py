@@ -104,7 +104,7 @@ def test_hidden_delta(name: str, dtype: str) -> None:
         e = samples.like(v, 2)
         parameters = samples.rounded(record, dtype)
         derivative = partial(references.DERIVATIVES[name], **{k: mpmath.mpf(p) for k, p in parameters.items()})
-        wanted, condition = (a.reshape(v.shape) for a in evaluate(derivative, x.reshape(-1)))
+        wanted, condition = references.derivative_and_condition(name, x, **derivative.keywords)
         if record.derivative_from == "output":
             ends = [float(derivative(mpmath.mpf(end))) for end in ("-inf", "inf")] if np.isinf(x).any() else [0, 0]
         else:
@@ -117,6 +117,7 @@ def test_hidden_delta(name: str, dtype: str) -> None:
         for b in (backend(), NumpyBackend()):
             assert_near(hidden_delta(b, record, e, x), e * wanted, e * np.where(np.isinf(x), 1, condition))
         wild = np.resize(np.array([np.inf, -np.inf, np.nan, np.finfo(dtype).max, 0], dtype), v.shape)
+        wild[np.abs(wanted) < np.finfo(dtype).tiny] = 1  # infinity times a derivative that may be flushed to zero
         assert_same_kind(hidden_delta(backend(), record, wild, x), hidden_delta(NumpyBackend(), record, wild, x))
 
 
@@ -154,7 +155,7 @@ def test_free_loss(name: str, activation: str, dtype: str) -> None:
     d.reshape(-1)[:40] = samples.numbers(dtype).reshape(-1)[-40:]
     x = y if phi.derivative_from == "output" else v
     slopes = {k: mpmath.mpf(p) for k, p in samples.rounded(phi, dtype).items()}
-    derivative, derivative_condition = evaluate(partial(references.DERIVATIVES[activation], **slopes), x.reshape(-1))
+    derivative, derivative_condition = references.derivative_and_condition(activation, x.reshape(-1), **slopes)
     finite = (np.isfinite(v) & np.isfinite(y) & np.isfinite(d)).reshape(-1)
     for loss in variants(FREE_LOSSES[name]):
         parameters = {k: mpmath.mpf(p) for k, p in samples.rounded(loss, dtype).items()}
