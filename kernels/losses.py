@@ -111,7 +111,8 @@ binary_cross_entropy = FusedLoss(
 
 
 # cross-entropy: -sum_j d_j log y_j, y = softmax(v) --------------------------------------------------------
-# With log y_j = v_j - top - log(sum): the logarithm is never taken of a y_j that has gone to zero.
+# With log y_j = v_j - top - log(sum): the logarithm is never taken of a y_j that has gone to zero. Where d_j is 0
+# the term is 0, however far v_j lies below the top (minus infinity times 0 would be NaN).
 
 
 def _cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Array, s: Scratch) -> None:
@@ -132,6 +133,8 @@ def _cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Array, s: S
         np.subtract(v, s.row_a, out=delta)
         delta -= s.row_b
         delta *= d
+        np.equal(d, 0, out=s.mask)
+        np.copyto(delta, 0, where=s.mask)
         np.add.reduce(delta, axis=1, keepdims=True, out=loss)
         np.negative(loss, out=loss)
         np.subtract(y, d, out=delta)
@@ -152,7 +155,7 @@ T row_loss = T(0);
 for (int j = lane; j < n; j += 32) {
     const T d = TARGET(j);
     delta[j] = y[j] - d;
-    row_loss += d * (log_sum + (top - v[j]));
+    if (d != T(0)) row_loss += d * (log_sum + (top - v[j]));
 }
 row_loss = warp_sum(row_loss);
 if (lane == 0) *loss = row_loss;
