@@ -115,10 +115,11 @@ class ndarray:
 
     def __getitem__(self, index: Any) -> ndarray:
         """A view; slices and whole numbers alone, since an index array would allocate."""
-        for part in index if isinstance(index, tuple) else (index,):
+        parts = index if isinstance(index, tuple) else (index,)
+        for part in parts:
             if not isinstance(part, slice | int | np.integer | type(...)):
                 raise TypeError(f"an index of {type(part)} would allocate")
-        return self._view(self.host[index if isinstance(index, tuple) else (index, ...)])
+        return self._view(self.host[parts if ... in parts else (*parts, ...)])  # with ... it is a view in any case
 
     def __setitem__(self, index: Any, value: Any) -> None:
         part = self[index]
