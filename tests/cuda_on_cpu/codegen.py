@@ -56,7 +56,6 @@ def missing() -> str:
     version = real_cupy().__version__
     try:
         from cupy._core import _carray, _kernel, _reduction, _scalar, core
-        from cupy.cuda import nvrtc
 
         for module, names in (
             (_kernel, ("_ArgInfo", "_TypeMap", "_get_elementwise_kernel_code")),
@@ -64,7 +63,6 @@ def missing() -> str:
             (_scalar, ("CScalar",)),
             (_carray, ("Indexer",)),
             (core, ("_cupy_header_list", "_get_header_dir_path", "assemble_cupy_compiler_options")),
-            (nvrtc, ("createProgram", "compileProgram", "getCUBIN", "getPTX", "getProgramLog")),
         ):
             for name in names:
                 getattr(module, name)

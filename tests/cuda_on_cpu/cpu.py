@@ -108,6 +108,8 @@ class Kernel:
     def __init__(self, source: str, name: str, *, with_cupy_headers: bool = False, fibers: bool = False) -> None:
         headers = "#include <cupy/carray.cuh>\n" if with_cupy_headers else ""
         self.name = name
+        self.source = source
+        self.with_cupy_headers = with_cupy_headers
         self.text = (
             f'#include "{HEADER.name}"\n{headers}{source}\n'
             f"static void gpu_bp_call(void** args) {{ cuda_on_cpu::call({name}, args); }}\n"

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cuda_on_cpu.cpu import Kernel
+
 Order = Literal["forward", "reverse", "random"]
 
 GUARD_BYTES = 256
@@ -30,14 +32,20 @@ class OutOfBoundsError(RuntimeError):
 class Device:
     """What happens on the device.
 
+    Args:
+        dry: nothing runs; for whoever only wants to know which kernels are called.
+
     Attributes:
         order: in which the threads of a kernel run; a right kernel gives the same whatever the order.
         counts: allocations, host copies, synchronisations, device copies and launches so far.
         recording: the calls of the capture in progress, None where there is none.
+        kernels: those that were called so far.
     """
 
-    def __init__(self, order: Order = "forward") -> None:
+    def __init__(self, order: Order = "forward", *, dry: bool = False) -> None:
         self.order = order
+        self._dry = dry
+        self.kernels: list[Kernel] = []
         self.counts: Counter[str] = Counter()
         self.recording: list[Callable[[], None]] | None = None
         self._random = np.random.default_rng(0)
@@ -45,10 +53,10 @@ class Device:
     def launch(self, call: Callable[[], None]) -> None:
         """Runs a call on the device now; during a capture only notes it for the replay."""
         self.counts["launches"] += 1
-        if self.recording is None:
-            call()
-        else:
+        if self.recording is not None:
             self.recording.append(call)
+        elif not self._dry:
+            call()
 
     def uncapturable(self, *what: str) -> None:
         """Counts things that a graph cannot hold, and refuses them during a capture."""

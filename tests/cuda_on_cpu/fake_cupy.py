@@ -31,12 +31,13 @@ class FakeCupy:
 
     Args:
         order: in which the threads of a kernel run.
+        dry: nothing runs.
         gemm_in_capture: whether `cublas.gemm` may be captured. CuPy refuses it, although CUDA does not.
     """
 
-    def __init__(self, order: Order = "forward", *, gemm_in_capture: bool = False) -> None:
+    def __init__(self, order: Order = "forward", *, gemm_in_capture: bool = False, dry: bool = False) -> None:
         codegen.require()
-        self.device = Device(order)
+        self.device = Device(order, dry=dry)
         self._gemm_in_capture = gemm_in_capture
         self.cublas = SimpleNamespace(gemm=self._gemm)
         runtime = SimpleNamespace(
@@ -231,22 +232,12 @@ class ElementwiseKernel:
 
         self._device.launch(run)
 
-    def source(self, *dtypes: Any) -> str:
-        """What CuPy compiles for contiguous arrays (a scalar for each input that is not looped over or raw).
-
-        Args:
-            dtypes: one for each parameter.
-        """
-        arguments = [codegen.Argument(np.dtype(t), 1) for t in dtypes]
-        real = self.real
-        types = codegen.elementwise_types(real, dtypes[: real.nin], dtypes[real.nin :])
-        return codegen.elementwise_source(real, arguments, 1, types[2])
-
     def _kernel(self, signature: tuple[codegen.Argument, ...], ndim: int, type_map: Any) -> Kernel:
         key = (signature, ndim)
         if key not in self._compiled:
             source = codegen.elementwise_source(self.real, signature, ndim, type_map)
             self._compiled[key] = Kernel(source, self.real.name, with_cupy_headers=True)
+            self._device.kernels.append(self._compiled[key])
         return self._compiled[key]
 
 
@@ -271,6 +262,7 @@ class RawKernel:
         self.code = code
         self.name = name
         self._kernel = Kernel(code, name, fibers=True)
+        device.kernels.append(self._kernel)
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...]) -> None:
         if len(grid) != 1 or len(block) != 1:
