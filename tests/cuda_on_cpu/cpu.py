@@ -27,7 +27,9 @@ from cuda_on_cpu import codegen
 HEADER = Path(__file__).with_name("cuda_on_cpu.hpp")
 # No contraction: a fused multiply-add rounds once where the twin rounds twice. No warnings: CuPy's headers are
 # meant for another compiler.
+# A variable that a kernel forgets to set holds a pattern, not by chance the right value (g++ 12 and later).
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-w")
+PATTERN_FLAG = "-ftrivial-auto-var-init=pattern"
 
 FAILURES = {
     1: "a barrier that not all threads of the block reach",
@@ -54,8 +56,8 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def compiler() -> tuple[str, str]:
-    """g++ and its version.
+def compiler() -> tuple[list[str], str]:
+    """The command that compiles, and the version of g++.
 
     Raises:
         pytest.fail: there is none. Never a skip.
@@ -64,7 +66,7 @@ def compiler() -> tuple[str, str]:
     if path is None:
         pytest.fail("the kernel tests need g++ on the PATH (Debian: apt-get install g++)", pytrace=False)
     version = subprocess.run([path, "-dumpfullversion"], capture_output=True, text=True, check=True).stdout.strip()
-    return path, version
+    return [path, *FLAGS, *([PATTERN_FLAG] if int(version.split(".")[0]) >= 12 else [])], version
 
 
 def array_argument(array: np.ndarray) -> np.ndarray:
@@ -126,16 +128,17 @@ class Kernel:
         Raises:
             CompileError: g++ refuses the source.
         """
-        path, version = compiler()
-        key = hashlib.sha256("\0".join([self.text, _header_text(), *FLAGS, version]).encode()).hexdigest()[:32]
+        command, version = compiler()
+        key = hashlib.sha256("\0".join([self.text, _header_text(), *command, version]).encode()).hexdigest()[:32]
         target = cache_folder() / f"{self.name}-{key}.so"
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
                 source, built = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
                 source.write_text(self.text)
                 includes = [f"-I{HEADER.parent}", f"-I{codegen.include_folder()}"]
-                command = [path, *FLAGS, *includes, str(source), "-o", str(built)]
-                run = subprocess.run(command, capture_output=True, text=True)
+                run = subprocess.run(
+                    [*command, *includes, str(source), "-o", str(built)], capture_output=True, text=True
+                )
                 if run.returncode:
                     raise CompileError(f"{self.name}: {run.stderr[:4000]}")
                 os.replace(built, target)  # at once: another process may want it too

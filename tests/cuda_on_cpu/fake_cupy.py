@@ -246,7 +246,7 @@ def written_before_read(operation: str, name: str) -> bool:
     first = re.search(rf"\b{name}\b", operation)
     if first is None:
         return True
-    assigned = re.match(rf"{name}\s*=(?!=)([^;]*);", operation[first.start() :])
+    assigned = re.match(rf"{name}\s*=(?!=)([^;]*)", operation[first.start() :])
     return assigned is not None and not re.search(rf"\b{name}\b", assigned[1])
 
 

@@ -4,8 +4,10 @@ could not hold. (The formulas themselves: test_kernels_on_cpu.py and test_other_
 from __future__ import annotations
 
 import ast
+import importlib.util
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +17,11 @@ import numpy as np
 import pytest
 
 from cuda_on_cpu import codegen
-from cuda_on_cpu.backend import cupy_backend_module, cupy_on_cpu
+from cuda_on_cpu.backend import MODULE, cupy_backend_module, cupy_on_cpu
 from cuda_on_cpu.fake_cupy import FakeCupy
 from cuda_on_cpu.test_kernels_on_cpu import dtypes, orders
 from gpu_bp import Batch, Network, Objective, Optimizer, Step, Trainer, load_config, registry
-from gpu_bp.backends import Backend, NumpyBackend, cupy_backend
+from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.schedule import constant, linear
 from gpu_bp.spec import FusedLoss
 
@@ -225,17 +227,19 @@ def test_first_50_steps_of_a_config(name: str) -> None:
 
 def test_names_of_the_real_cupy() -> None:
     """Every `cupy.a.b` that the backend's text names is there once it is imported (the stand-in has them all)."""
-    tree = ast.parse(Path(cupy_backend.__file__).read_text())
-    named = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    named = {name for name in named if name.startswith("cupy.") and name.replace(".", "").isidentifier()}
-    assert "cupy.take" in named
-    within = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "cublas"]
-    late = {ast.unparse(node) for f in within for node in ast.walk(f) if isinstance(node, ast.Attribute)}
-    script = "from gpu_bp.backends.cupy_backend import cupy\n" + "\n".join(sorted(named - late))
+    spec = importlib.util.find_spec(MODULE)
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text())
+    # cupy.cublas needs cuBLAS itself, which these tests do without: the function that imports it is left out
+    late = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "cublas"]
+    assert len(late) == 1
+    skipped = {id(node) for node in ast.walk(late[0])}
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and id(node) not in skipped]
+    named = {text for node in attributes if re.fullmatch(r"cupy(\.\w+)+", text := ast.unparse(node))}
+    assert {"cupy.take", "cupy.cuda.runtime.getDeviceCount"} <= named
+    script = "\n".join([f"from {MODULE} import cupy", *sorted(named)])
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    # cupy.cublas needs cuBLAS itself, which these tests do without
-    assert (
-        "\ndef gemm(transa, transb, a, b, out=None"
-        in (Path(codegen.real_cupy().__file__).parent / "cublas.py").read_text()
-    )
+    cupy_folder = Path(str(codegen.real_cupy().__file__)).parent
+    assert "\ndef gemm(transa, transb, a, b, out=None" in (cupy_folder / "cublas.py").read_text()

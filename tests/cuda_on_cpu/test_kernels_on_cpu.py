@@ -6,6 +6,7 @@ times a derivative of 0, infinity less infinity) no value is right; there the ke
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from cuda_on_cpu.fake_cupy import FakeCupy
 from cuda_on_cpu.references import assert_near, assert_same_kind, evaluate
 from gpu_bp import registry
 from gpu_bp.backends import NumpyBackend
-from gpu_bp.spec import Activation, FreeLoss, Record
+from gpu_bp.spec import Activation, FreeLoss, FusedLoss, Loss, Record, RowActivation, Twin
 
 pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
@@ -39,6 +40,34 @@ def backend(order: Any = "forward") -> Any:
 def variants(record: Record) -> list[Record]:
     """The record with its defaults, and with other parameters where it has any."""
     return [record, record.with_parameters(**samples.other_values(record))] if record.parameters else [record]
+
+
+def twins(record: Record) -> dict[str, Twin]:
+    """The formulas of a record by the name of their field."""
+    held = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return {name: value for name, value in held.items() if isinstance(value, Twin)}
+
+
+def lacking(record: Record) -> list[str]:
+    """The formulas that a record lacks in CUDA or in NumPy."""
+    found = twins(record)
+    assert found, f"{record.name} has no formula"
+    return [name for name, twin in found.items() if not twin.cuda.strip() or not callable(twin.numpy)]
+
+
+def test_every_record_has_both_formulas_and_a_reference() -> None:
+    """So that nothing new goes untested: the tests walk the tables, and these are what they compare with."""
+    for record in (*registry.ACTIVATIONS.values(), *registry.LOSSES.values(), *registry.UPDATES.values()):
+        assert lacking(record) == []
+    for table in (references.VALUES, references.DERIVATIVES, references.VALUE_LIMITS):
+        assert set(table) == set(ACTIVATIONS)
+    assert set(references.LOSSES) == set(FREE_LOSSES)
+    from_net_input = {name for name, r in ACTIVATIONS.items() if r.derivative_from == "net_input"}
+    assert set(references.DERIVATIVE_LIMITS) == from_net_input
+    fused = {r.name for r in registry.LOSSES.values() if isinstance(r, FusedLoss)}
+    assert fused == {"binary_cross_entropy", "cross_entropy"}, "a fused loss needs a test of its own here"
+    rows = {r.name for r in registry.ACTIVATIONS.values() if isinstance(r, RowActivation)}
+    assert rows == {"softmax"}, "a row activation needs a test of its own in test_other_kernels_on_cpu.py"
 
 
 def with_limits(values: np.ndarray, xs: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
@@ -64,8 +93,12 @@ def hidden_delta(b: Any, record: Activation, e: np.ndarray, x: np.ndarray) -> np
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation_value(name: str, dtype: str) -> None:
     """phi(v), without biases: the kernel's y, the twin's, and the definition's."""
-    v = samples.numbers(dtype)
-    for record in variants(ACTIVATIONS[name]):
+    check_value(ACTIVATIONS[name], dtype)
+
+
+def check_value(activation: Activation, dtype: str) -> None:
+    v, name = samples.numbers(dtype), activation.name
+    for record in variants(activation):
         parameters = samples.rounded(record, dtype)
         phi = partial(references.VALUES[name], **{k: mpmath.mpf(p) for k, p in parameters.items()})
         wanted, condition = (a.reshape(v.shape) for a in evaluate(phi, v.reshape(-1)))
@@ -98,8 +131,12 @@ def test_activation_with_biases(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_hidden_delta(name: str, dtype: str) -> None:
     """e * phi', for y that phi can give (or any v): the kernel, the twin and the definition."""
-    v = samples.numbers(dtype)
-    for record in variants(ACTIVATIONS[name]):
+    check_hidden_delta(ACTIVATIONS[name], dtype)
+
+
+def check_hidden_delta(activation: Activation, dtype: str) -> None:
+    v, name = samples.numbers(dtype), activation.name
+    for record in variants(activation):
         x = activate(NumpyBackend(), record, v, None)[1] if record.derivative_from == "output" else v
         e = samples.like(v, 2)
         parameters = samples.rounded(record, dtype)
@@ -175,7 +212,11 @@ def test_free_loss(name: str, activation: str, dtype: str) -> None:
 @dtypes
 def test_binary_cross_entropy(dtype: str) -> None:
     """d softplus(-v) + (1 - d) softplus(v), and logistic(v) - d. At an infinite v, twin and kernel agree."""
-    loss, phi = registry.loss("binary_cross_entropy"), registry.activation("logistic")
+    check_binary_cross_entropy(registry.loss("binary_cross_entropy"), dtype)
+
+
+def check_binary_cross_entropy(loss: Loss, dtype: str) -> None:
+    phi = registry.activation("logistic")
     v = samples.numbers(dtype)
     d = np.random.default_rng(5).random(v.shape).astype(dtype)
     d.reshape(-1)[::3] = 0

@@ -189,6 +189,10 @@ def run_update(b: Any, record: Any, arrays: list[np.ndarray], step: int, scale: 
     return [b.to_host(x) for x in (w, *state)]
 
 
+def test_every_update_has_a_rule() -> None:
+    assert set(RULES) == set(registry.UPDATES)
+
+
 @dtypes
 @pytest.mark.parametrize("name", list(registry.UPDATES))
 def test_update(name: str, dtype: str) -> None:
