@@ -54,8 +54,9 @@ def compile_kernel(kernel: Kernel, architecture: int, *extra: str) -> Compiled:
         cache_folder() / f"{kernel.name}-sm{architecture}-{hashlib.sha256(repr(what).encode()).hexdigest()[:32]}.json"
     )
     if path.exists():
-        kept = json.loads(path.read_text())
-        return Compiled(**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
+        kept: dict[str, Any] = json.loads(path.read_text())
+        kept |= {name: tuple(value) for name, value in kept.items() if isinstance(value, list)}
+        return Compiled(**kept)
     program = nvrtc.createProgram(source, f"{kernel.name}.cu", (), ())
     try:
         try:

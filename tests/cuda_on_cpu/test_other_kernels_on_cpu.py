@@ -44,7 +44,8 @@ def logits(rows: int, n: int, dtype: str) -> np.ndarray:
     """Random rows, of small and of large numbers, one of equal ones, one with a far larger one."""
     v = np.random.default_rng(n).standard_normal((rows, n)) * np.resize([1, 30, 0, 1, 5], rows)[:, None]
     v[3 % rows, n // 2] += 60
-    return v.astype(dtype)
+    result: np.ndarray = v.astype(dtype)
+    return result
 
 
 @dtypes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -157,7 +158,7 @@ def test_host_arrays() -> None:
     b = cupy_backend_module(cupy).CupyBackend()
     host, (device,) = np.ones((3, 4), np.float32), arrays(cupy, 1)
     tanh = ACTIVATIONS["tanh"]
-    calls = [
+    calls: list[Callable[[], Any]] = [
         lambda: b.activate(tanh, host, None, device),
         lambda: b.activate(tanh, device, None, host),
         lambda: b.activate(registry.activation("softmax"), device, None, host),
@@ -234,8 +235,9 @@ def test_a_step_that_sends_new_scalars_cannot_be_captured() -> None:
 
 def test_a_record_without_a_twin() -> None:
     tanh = ACTIVATIONS["tanh"]
-    with pytest.raises(TypeError, match="numpy"):
-        Twin("y = v;")  # type: ignore[call-arg]
     nothing: Any = None
-    assert lacking(replace(tanh, value=Twin("y = v;", nothing))) == ["value"]
+    formulas: tuple[Any, ...] = ("y = v;", nothing)
+    with pytest.raises(TypeError, match="numpy"):
+        Twin(*formulas[:1])
+    assert lacking(replace(tanh, value=Twin(*formulas))) == ["value"]
     assert lacking(replace(tanh, delta=Twin("", tanh.delta.numpy))) == ["delta"]
