@@ -118,6 +118,10 @@ class ndarray:
     def __bool__(self) -> bool:
         return bool(self.get())
 
+    def __float__(self) -> float:
+        """As in CuPy, a copy to the host that waits."""
+        return float(self.get())
+
     def __len__(self) -> int:
         return len(self.host)
 
