@@ -27,8 +27,8 @@ from cuda_on_cpu import codegen
 HEADER = Path(__file__).with_name("cuda_on_cpu.hpp")
 # No contraction: a fused multiply-add rounds once where the twin rounds twice. No warnings: CuPy's headers are
 # meant for another compiler.
-# A variable that a kernel forgets to set holds a pattern, not by chance the right value (g++ 12 and later).
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-w")
+# A variable that a kernel forgets to set holds a pattern, not by chance the right value (g++ 12 and later).
 PATTERN_FLAG = "-ftrivial-auto-var-init=pattern"
 
 FAILURES = {
