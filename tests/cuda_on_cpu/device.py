@@ -1,0 +1,208 @@
+"""A device that is host memory: what `fake_cupy` counts, forbids and records, and its arrays.
+
+Memory of its own has a guard zone on both sides, so that a kernel that writes out of bounds is caught, and what
+`empty` gives holds NaN, so that a value that nobody wrote is seen.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+
+from cuda_on_cpu.cpu import Kernel
+
+Order = Literal["forward", "reverse", "random"]
+
+GUARD_BYTES = 256
+POISON = 0xFF  # in every byte: a NaN in any floating type, -1 in a signed integer
+
+
+class CaptureError(RuntimeError):
+    """Something that a CUDA graph cannot hold was asked for during a capture."""
+
+
+class OutOfBoundsError(RuntimeError):
+    """A kernel wrote beside an array."""
+
+
+class Device:
+    """What happens on the device.
+
+    Args:
+        dry: nothing runs; for whoever only wants to know which kernels are called.
+
+    Attributes:
+        order: in which the threads of a kernel run; a right kernel gives the same whatever the order.
+        counts: allocations, host copies, synchronisations, device copies and launches so far.
+        recording: the calls of the capture in progress, None where there is none.
+        kernels: those that were called so far.
+    """
+
+    def __init__(self, order: Order = "forward", *, dry: bool = False) -> None:
+        self.order = order
+        self._dry = dry
+        self.kernels: list[Kernel] = []
+        self.counts: Counter[str] = Counter()
+        self.recording: list[Callable[[], None]] | None = None
+        self._random = np.random.default_rng(0)
+
+    def launch(self, call: Callable[[], None]) -> None:
+        """Runs a call on the device now; during a capture only notes it for the replay."""
+        self.counts["launches"] += 1
+        if self.recording is not None:
+            self.recording.append(call)
+        elif not self._dry:
+            call()
+
+    def uncapturable(self, *what: str) -> None:
+        """Counts things that a graph cannot hold, and refuses them during a capture."""
+        self.counts.update(what)
+        if self.recording is not None:
+            raise CaptureError(f"{' and '.join(what)} during a capture")
+
+    def thread_order(self, threads: int) -> np.ndarray:
+        if self.order == "forward":
+            return np.arange(threads)
+        return np.arange(threads)[::-1] if self.order == "reverse" else self._random.permutation(threads)
+
+    def empty(self, shape: Any, dtype: Any, order: str = "C") -> ndarray:
+        self.uncapturable("allocations")
+        return ndarray(self, *_guarded(shape, np.dtype(dtype), order))
+
+    def from_host(self, host: np.ndarray) -> ndarray:
+        self.uncapturable("host copies", "synchronisations")
+        array = self.empty(host.shape, host.dtype)
+        array.host[...] = host
+        return array
+
+
+def _guarded(shape: Any, dtype: np.dtype[Any], order: str) -> tuple[np.ndarray, np.ndarray]:
+    """New memory full of POISON, and an array in its middle."""
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.full(nbytes + 2 * GUARD_BYTES, POISON, np.uint8)
+    host = memory[GUARD_BYTES : GUARD_BYTES + nbytes].view(dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+    return memory, host
+
+
+class ndarray:
+    """A stand-in for cupy.ndarray, stricter than it: what this project does not use is not there.
+
+    `host` is its data as a NumPy array, for `fake_cupy` and for tests that have to look.
+    """
+
+    __array_ufunc__ = None  # so that NumPy's operators refuse it
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, device: Device, memory: np.ndarray, host: np.ndarray) -> None:
+        self.device = device
+        self.memory = memory
+        self.host = host
+        self.shape = host.shape
+        self.dtype = host.dtype
+        self.size = host.size
+        self.ndim = host.ndim
+        self.nbytes = host.nbytes
+        self.flags = host.flags
+
+    def _view(self, host: np.ndarray) -> ndarray:
+        return ndarray(self.device, self.memory, host)
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Use `.get()`.")
+
+    def __bool__(self) -> bool:
+        return bool(self.get())
+
+    def __float__(self) -> float:
+        """As in CuPy, a copy to the host that waits."""
+        return float(self.get())
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def __getitem__(self, index: Any) -> ndarray:
+        """A view; slices and whole numbers alone, since an index array would allocate."""
+        parts = index if isinstance(index, tuple) else (index,)
+        for part in parts:
+            if not isinstance(part, slice | int | np.integer | type(...)):
+                raise TypeError(f"an index of {type(part)} would allocate")
+        return self._view(self.host[parts if ... in parts else (*parts, ...)])  # with ... it is a view in any case
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        part = self[index]
+        source = part._operand(value)
+        if isinstance(value, ndarray) and np.broadcast_shapes(part.shape, value.shape) != part.shape:
+            raise ValueError(f"shape {value.shape} does not fit {part.shape}")
+        self.device.launch(lambda: np.copyto(part.host, source))
+
+    def _operand(self, value: Any) -> Any:
+        """What an operation with this array may take: a device array of its dtype, or a Python number."""
+        if isinstance(value, ndarray):
+            if value.dtype != self.dtype:
+                raise TypeError(f"{value.dtype} meets {self.dtype}")
+            return value.host
+        if isinstance(value, int | float):
+            return value
+        raise TypeError(f"Unsupported type {type(value)}")
+
+    def _in_place(self, function: Callable[..., Any], other: Any) -> ndarray:
+        source = self._operand(other)
+        self.device.launch(lambda: function(self.host, source))
+        return self
+
+    def __iadd__(self, other: Any) -> ndarray:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> ndarray:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> ndarray:
+        return self._in_place(operator.imul, other)
+
+    def fill(self, value: float) -> None:
+        self.device.launch(lambda: self.host.fill(value))
+
+    def reshape(self, *shape: Any) -> ndarray:
+        """A view; where the strides do not allow one, CuPy copies."""
+        new = self.host.reshape(*shape)
+        if not np.may_share_memory(new, self.host) and self.size:
+            self.device.uncapturable("device copies", "allocations")
+            return self.device.from_host(new)
+        return self._view(new)
+
+    @property
+    def T(self) -> ndarray:
+        return self._view(self.host.T)
+
+    def copy(self, order: str = "C") -> ndarray:
+        made = self.device.empty(self.shape, self.dtype, order)
+        self.device.counts["device copies"] += 1
+        self.device.launch(lambda: np.copyto(made.host, self.host))
+        return made
+
+    def get(self) -> np.ndarray:
+        self.device.uncapturable("host copies", "synchronisations")
+        return self.host.copy()
+
+    def set(self, host: np.ndarray) -> None:
+        """From host memory that is not pinned and without a stream, as here, CuPy waits for the copy."""
+        if type(host) is not np.ndarray:
+            raise TypeError("Only numpy.ndarray can be set to cupy.ndarray")
+        if host.dtype != self.dtype:
+            raise TypeError(f"{host.dtype} array cannot be set to {self.dtype} array")
+        if host.shape != self.shape:
+            raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {host.shape}")
+        if not (self.flags.c_contiguous or self.flags.f_contiguous):
+            raise RuntimeError("Cannot set to non-contiguous array")
+        self.device.uncapturable("host copies", "synchronisations")
+        self.host[...] = host
+
+    def check_guards(self, kernel: str) -> None:
+        """Raises OutOfBoundsError where the guard zones of this array's memory were written."""
+        if (self.memory[:GUARD_BYTES] != POISON).any() or (self.memory[-GUARD_BYTES:] != POISON).any():
+            raise OutOfBoundsError(f"{kernel} wrote beside an array of shape {self.shape}")

@@ -1,0 +1,293 @@
+"""A stand-in for the module `cupy`, as strict as CuPy: its arrays lie on the host, its kernels run by g++.
+
+A kernel is what CuPy would compile: the real CuPy decides its dtypes and writes its source (`codegen`), g++
+compiles it (`cpu`). Products are NumPy's, with CuPy's checks. Only what the backend uses is here, so that whatever
+else it comes to use fails at once and is thought about.
+
+    cupy = FakeCupy(order="random")
+    with cupy.cuda.Stream() as stream:
+        stream.begin_capture(); step(); graph = stream.end_capture()
+        graph.launch()
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from cuda_on_cpu import codegen
+from cuda_on_cpu.cpu import Kernel, array_argument, indexer_argument, pointer_argument, scalar_argument
+from cuda_on_cpu.device import CaptureError, Device, Order, ndarray
+
+DEFAULT_BLOCK = 128
+
+
+class FakeCupy:
+    """The names of the module `cupy` that the backend uses, over one `Device`.
+
+    Args:
+        order: in which the threads of a kernel run.
+        dry: nothing runs.
+        gemm_in_capture: whether `cublas.gemm` may be captured. CuPy refuses it, although CUDA does not.
+    """
+
+    def __init__(self, order: Order = "forward", *, gemm_in_capture: bool = False, dry: bool = False) -> None:
+        codegen.require()
+        self.device = Device(order, dry=dry)
+        self._gemm_in_capture = gemm_in_capture
+        self.cublas = SimpleNamespace(gemm=self._gemm)
+        runtime = SimpleNamespace(
+            getDeviceCount=lambda: 1,
+            getDeviceProperties=lambda number: {"name": b"a CPU that stands in for a GPU"},
+            deviceSynchronize=self._synchronise,
+            CUDARuntimeError=RuntimeError,
+        )
+        self.cuda = SimpleNamespace(
+            runtime=runtime,
+            Device=lambda number=0: SimpleNamespace(id=number, synchronize=self._synchronise),
+            Stream=lambda non_blocking=False: Stream(self.device),
+        )
+
+    def ElementwiseKernel(self, *arguments: Any, **named: Any) -> ElementwiseKernel:
+        return ElementwiseKernel(self.device, codegen.real_cupy().ElementwiseKernel(*arguments, **named))
+
+    def RawKernel(self, code: str, name: str) -> RawKernel:
+        return RawKernel(self.device, code, name)
+
+    def empty(self, shape: Any, dtype: Any = np.float64) -> ndarray:
+        return self.device.empty(shape, dtype)
+
+    def zeros(self, shape: Any, dtype: Any = np.float64) -> ndarray:
+        array = self.device.empty(shape, dtype)
+        array.fill(0)
+        return array
+
+    def asarray(self, a: Any) -> ndarray:
+        return a if isinstance(a, ndarray) else self.device.from_host(np.asarray(a))
+
+    def asnumpy(self, a: Any) -> np.ndarray:
+        return a.get() if isinstance(a, ndarray) else np.asarray(a)
+
+    def take(self, a: ndarray, indices: ndarray, axis: int, out: ndarray) -> ndarray:
+        """Rows of `a`. A row number out of range wraps around, as in CuPy: no kernel can raise."""
+        _device_arrays(a, indices, out)
+        if axis != 0 or indices.dtype.kind != "i":
+            raise TypeError("rows are taken by whole numbers along axis 0")
+        if out.dtype != a.dtype:
+            raise TypeError("Output dtype mismatch")
+        if out.shape != indices.shape + a.shape[1:]:
+            raise ValueError("Output shape mismatch")
+        if not len(a) and out.size:
+            raise IndexError("cannot do a non-empty take from an empty axes.")
+        self.device.launch(lambda: np.copyto(out.host, a.host[indices.host % len(a)]))
+        return out
+
+    def _gemm(self, transa: str, transb: str, a: ndarray, b: ndarray, out: ndarray) -> ndarray:
+        """out = op(a) @ op(b), after the checks of cupy.cublas.gemm."""
+        _device_arrays(a, b, out)
+        if self.device.recording is not None and not self._gemm_in_capture:
+            raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+        assert a.ndim == b.ndim == out.ndim == 2
+        assert a.dtype == b.dtype == out.dtype
+        if a.dtype.char not in "fd":
+            raise TypeError("invalid dtype")
+        left, right = (x.host if op == "N" else x.host.T for op, x in ((transa, a), (transb, b)))
+        assert left.shape[1] == right.shape[0]
+        assert out.shape == (left.shape[0], right.shape[1])
+        if np.may_share_memory(out.host, a.host) or np.may_share_memory(out.host, b.host):
+            raise ValueError("cuBLAS reads its factors while it writes the product")
+        for x in (a, b, out):
+            if not (x.flags.c_contiguous or x.flags.f_contiguous):
+                self.device.uncapturable("device copies", "allocations")  # CuPy copies such a one first
+        self.device.launch(lambda: np.copyto(out.host, left @ right))
+        return out
+
+    def _synchronise(self) -> None:
+        self.device.uncapturable("synchronisations")
+
+
+def _device_arrays(*arrays: Any) -> None:
+    for array in arrays:
+        if not isinstance(array, ndarray):
+            raise TypeError(f"Unsupported type {type(array)}")
+
+
+class Stream:
+    """A stream that can capture. A capture concerns the whole device here, as in CUDA's global mode."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._device.recording = None
+
+    def begin_capture(self) -> None:
+        if self._device.recording is not None:
+            raise CaptureError("a capture is in progress")
+        self._device.recording = []
+
+    def end_capture(self) -> Graph:
+        calls, self._device.recording = self._device.recording, None
+        if calls is None:
+            raise CaptureError("no capture is in progress")
+        return Graph(self._device, calls)
+
+    def synchronize(self) -> None:
+        self._device.uncapturable("synchronisations")
+
+
+class Graph:
+    """The calls of a capture, to be run again on the same arrays."""
+
+    def __init__(self, device: Device, calls: list[Callable[[], None]]) -> None:
+        self._device = device
+        self._calls = calls
+
+    def launch(self) -> None:
+        for call in self._calls:
+            self._device.launch(call)
+
+
+# Kernels ---------------------------------------------------------------------------------------------------
+
+
+class ElementwiseKernel:
+    """A cupy.ElementwiseKernel that runs on the CPU. `real` is the one of the real CuPy."""
+
+    def __init__(self, device: Device, real: Any) -> None:
+        self._device = device
+        self.real = real
+        self._compiled: dict[Any, Kernel] = {}
+        self._poisoned = [not p.raw and written_before_read(real.operation, p.name) for p in real.out_params]
+
+    def __call__(self, *arguments: Any) -> Any:
+        real = self.real
+        if len(arguments) not in (real.nin, real.nargs):
+            raise TypeError(
+                f"{real.name} takes {real.nin} arguments, or {real.nargs} with outputs, not {len(arguments)}"
+            )
+        for argument in arguments:
+            if not isinstance(argument, ndarray | int | float | np.number):
+                raise TypeError(f"Unsupported type {type(argument)}")
+        inputs, outputs = arguments[: real.nin], arguments[real.nin :]
+        if not all(isinstance(output, ndarray) for output in outputs):
+            raise TypeError("Output arguments type must be cupy.ndarray")
+        dtypes = [x.dtype if isinstance(x, ndarray) else None for x in inputs]
+        types = codegen.elementwise_types(real, dtypes, [output.dtype for output in outputs])
+        parameters = (*real.in_params, *real.out_params)
+        looped = [isinstance(x, ndarray) and not p.raw for p, x in zip(parameters, arguments, strict=False)]
+        if not any(looped):
+            raise ValueError("Loop size is undecided.")
+        shape = np.broadcast_shapes(*(x.shape for x, loop in zip(arguments, looped, strict=True) if loop))
+        if not outputs:
+            outputs = tuple(self._device.empty(shape, dtype) for dtype in types[1])
+            arguments, looped = (*inputs, *outputs), [*looped, *(True for _ in outputs)]
+        for parameter, output in zip(real.out_params, outputs, strict=True):
+            if not parameter.raw and output.shape != shape:
+                raise ValueError("Out shape is mismatched")
+        if 0 not in shape:
+            hosts = [x.host if isinstance(x, ndarray) else x for x in arguments]
+            hosts = [np.broadcast_to(h, shape) if loop else h for h, loop in zip(hosts, looped, strict=True)]
+            self._launch(hosts, looped, (*types[0], *types[1]), types[2], shape, outputs)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _launch(
+        self, hosts: list[Any], looped: list[bool], dtypes: tuple[Any, ...], type_map: Any, shape: Any, outputs: Any
+    ) -> None:
+        if all(h.flags.c_contiguous for h, loop in zip(hosts, looped, strict=True) if loop):
+            shape = (int(np.prod(shape, dtype=np.int64)),)  # CuPy then loops over one dimension
+            hosts = [h.reshape(-1) if loop else h for h, loop in zip(hosts, looped, strict=True)]
+        signature = tuple(
+            codegen.Argument(np.dtype(t), h.ndim, h.flags.c_contiguous)
+            if isinstance(h, np.ndarray)
+            else codegen.Argument(np.dtype(t))
+            for h, t in zip(hosts, dtypes, strict=True)
+        )
+        kernel = self._kernel(signature, len(shape), type_map)
+        blobs = [
+            array_argument(h) if isinstance(h, np.ndarray) else scalar_argument(h, t)
+            for h, t in zip(hosts, dtypes, strict=True)
+        ]
+        blobs.append(indexer_argument(shape))
+        inputs = [h for h in hosts[: self.real.nin] if isinstance(h, np.ndarray)]
+        written = list(zip(outputs, self._poisoned, strict=True))
+        threads = int(np.prod(shape, dtype=np.int64))
+        block = min(DEFAULT_BLOCK, threads)
+        grid = -(-threads // block)
+
+        def run() -> None:
+            for output, poisoned in written:
+                if poisoned and not any(np.may_share_memory(output.host, x) for x in inputs):
+                    output.host.fill(np.nan if output.dtype.kind == "f" else -1)
+            kernel(blobs, grid, block, self._device.thread_order(grid * block))
+            for output in outputs:
+                output.check_guards(self.real.name)
+
+        self._device.launch(run)
+
+    def _kernel(self, signature: tuple[codegen.Argument, ...], ndim: int, type_map: Any) -> Kernel:
+        key = (signature, ndim)
+        if key not in self._compiled:
+            source = codegen.elementwise_source(self.real, signature, ndim, type_map)
+            self._compiled[key] = Kernel(source, self.real.name, with_cupy_headers=True)
+            self._device.kernels.append(self._compiled[key])
+        return self._compiled[key]
+
+
+def written_before_read(operation: str, name: str) -> bool:
+    """Whether a body assigns to `name` before it reads it, or never mentions it: its old value is then no input."""
+    first = re.search(rf"\b{name}\b", operation)
+    if first is None:
+        return True
+    assigned = re.match(rf"{name}\s*=(?!=)([^;]*)", operation[first.start() :])
+    return assigned is not None and not re.search(rf"\b{name}\b", assigned[1])
+
+
+class RawKernel:
+    """A cupy.RawKernel that runs on the CPU, one fiber a thread.
+
+    Stricter than CuPy, which passes addresses and knows nothing of what they point to: dtypes are compared with
+    the source's, and arrays must be contiguous.
+    """
+
+    def __init__(self, device: Device, code: str, name: str) -> None:
+        self._device = device
+        self.code = code
+        self.name = name
+        self._kernel = Kernel(code, name, fibers=True)
+        device.kernels.append(self._kernel)
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...]) -> None:
+        if len(grid) != 1 or len(block) != 1:
+            raise NotImplementedError("grids and blocks of one dimension alone")
+        parameters = self._kernel.parameters
+        if len(args) != len(parameters):
+            raise TypeError(f"{self.name} takes {len(parameters)} arguments, not {len(args)}")
+        blobs, arrays = [], []
+        for k, (parameter, argument) in enumerate(zip(parameters, args, strict=True)):
+            if not isinstance(argument, ndarray | np.number):  # a Python number has no C type of its own
+                raise TypeError(f"Unsupported type {type(argument)}")
+            is_array = isinstance(argument, ndarray)
+            if is_array != bool(parameter.is_pointer) or argument.dtype != parameter.dtype:
+                raise TypeError(f"argument {k} of {self.name} is {parameter.dtype}, not {argument.dtype}")
+            if isinstance(argument, ndarray):
+                if not argument.flags.c_contiguous:
+                    raise ValueError(f"argument {k} of {self.name} must be contiguous")
+                arrays.append(argument)
+                blobs.append(pointer_argument(argument.host))
+            else:
+                blobs.append(scalar_argument(argument, argument.dtype))
+
+        def run() -> None:
+            self._kernel(blobs, grid[0], block[0], self._device.thread_order(block[0]))
+            for array in arrays:
+                array.check_guards(self.name)
+
+        self._device.launch(run)

@@ -1,0 +1,96 @@
+"""Every kernel compiles to machine code for every architecture, and is what a kernel here must be: no arithmetic in
+double where the data are single, nothing spilled, no local memory. Each of these is shown to fail on a fault."""
+
+from __future__ import annotations
+
+import pytest
+
+from cuda_on_cpu.cpu import CompileError, Kernel
+from cuda_on_cpu.every_kernel import KINDS, every_kernel
+from cuda_on_cpu.nvrtc import ARCHITECTURES, Compiled, compile_kernel
+from cuda_on_cpu.test_kernels_on_cpu import dtypes
+
+pytestmark = pytest.mark.kernels
+
+architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+# Kernels that may compute in double on single data.
+DOUBLES_ON_PURPOSE = {
+    "gpu_bp_add_to_total": "an epoch adds up more losses than a float can tell apart; it is one thread",
+}
+
+
+def faults(name: str, compiled: Compiled, dtype: str) -> list[str]:
+    """What is wrong with a compiled kernel, in words."""
+    found = []
+    if dtype == "float32" and compiled.doubles and name not in DOUBLES_ON_PURPOSE:
+        found.append(f"{name} computes in double: {compiled.doubles}")
+    if compiled.spill_bytes:
+        found.append(f"{name} spills {compiled.spill_bytes} bytes of registers")
+    if compiled.stack_bytes or compiled.local:
+        found.append(f"{name} has local memory: {compiled.stack_bytes} bytes of stack, {compiled.local}")
+    return found
+
+
+@architectures
+@dtypes
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kernel_compiles(kind: str, dtype: str, architecture: int) -> None:
+    found = []
+    for kernel in every_kernel(kind, dtype):
+        compiled = compile_kernel(kernel, architecture)
+        assert compiled.cubin_bytes
+        found += faults(kernel.name, compiled, dtype)
+    assert not found, "\n".join(found)
+
+
+def test_kinds_cover_the_backend() -> None:
+    """No kernel is of two kinds, and the exemptions are of kernels that exist and need them."""
+    kernels = [kernel for kind in KINDS for kernel in every_kernel(kind, "float32")]
+    assert len({kernel.text for kernel in kernels}) == len(kernels)
+    exempt = [kernel for kernel in kernels if kernel.name in DOUBLES_ON_PURPOSE]
+    assert {kernel.name for kernel in exempt} == set(DOUBLES_ON_PURPOSE)
+    assert all(compile_kernel(kernel, 90).doubles for kernel in exempt)
+
+
+def planted(body: str) -> Kernel:
+    return Kernel(f'extern "C" __global__ void planted(float* x, int n) {{ {body} }}', "planted")
+
+
+@architectures
+def test_a_double_literal_is_seen(architecture: int) -> None:
+    right = compile_kernel(planted("x[threadIdx.x] *= 0.1f;"), architecture)
+    wrong = compile_kernel(planted("x[threadIdx.x] *= 0.1;"), architecture)
+    assert not faults("planted", right, "float32")
+    assert "in double" in faults("planted", wrong, "float32")[0]
+    assert not faults("planted", wrong, "float64")
+
+
+@architectures
+def test_local_memory_is_seen(architecture: int) -> None:
+    """The float32 sine keeps a table on the stack, and computes in double; sinpi does neither."""
+    wrong = faults("planted", compile_kernel(planted("x[threadIdx.x] = sin(x[threadIdx.x]);"), architecture), "float32")
+    assert any("local memory" in fault for fault in wrong)
+    assert not faults("planted", compile_kernel(planted("x[threadIdx.x] = sinpif(x[0]);"), architecture), "float32")
+
+
+@architectures
+def test_spilled_registers_are_seen(architecture: int) -> None:
+    body = """
+    float v[64];
+    #pragma unroll
+    for (int k = 0; k < 64; ++k) v[k] = x[k * n + threadIdx.x];
+    for (int j = 0; j < n; ++j) {
+        #pragma unroll
+        for (int k = 0; k < 64; ++k) v[k] = v[k] * v[(k + 1) % 64] + x[j];
+    }
+    #pragma unroll
+    for (int k = 0; k < 64; ++k) x[k * n + threadIdx.x] = v[k];
+    """
+    wrong = faults("planted", compile_kernel(planted(body), architecture, "--maxrregcount=32"), "float32")
+    assert any("spills" in fault for fault in wrong)
+
+
+def test_a_typo_is_seen() -> None:
+    with pytest.raises(CompileError, match="tahn"):
+        compile_kernel(planted("x[threadIdx.x] = tahn(x[threadIdx.x]);"), 90)
