@@ -14,37 +14,53 @@ import gpu_bp
 from gpu_bp.backends import Backend, select
 
 ROOT = Path(__file__).parents[1]
-BACKENDS = ("numpy", "cupy")
-FOUND = pytest.StashKey[dict[str, Backend]]()
+# cupy-on-cpu is the CuPy backend on a stand-in for CuPy, its kernels compiled by g++: see cuda_on_cpu/.
+BACKENDS = ("numpy", "cupy-on-cpu", "cupy")
 LEFT_OUT = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", choices=BACKENDS, help="run the tests of one backend only, and fail without it")
+    parser.addoption("--backend", choices=BACKENDS, help="run the tests that take a backend on this one only")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Asks once whether there is a GPU. Without one the `cupy` tests are left out, and the header says why."""
+    config.stash[LEFT_OUT] = {}
     wanted = config.getoption("--backend")
-    found, left_out = {}, {}
-    for name in [wanted] if wanted else BACKENDS:
-        try:
-            found[name] = select(name)[0]
-        except gpu_bp.UserError as error:
-            left_out[name] = str(error)
-    if wanted and left_out:
-        raise pytest.UsageError(left_out[wanted])
-    config.stash[FOUND], config.stash[LEFT_OUT] = found, left_out
+    try:
+        select("cupy")
+    except gpu_bp.UserError as error:
+        if wanted == "cupy":
+            raise pytest.UsageError(str(error)) from None
+        config.stash[LEFT_OUT]["cupy"] = str(error)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    return [f"backends: {', '.join(config.stash[FOUND])}", *config.stash[LEFT_OUT].values()]
+    return [f"left out: {reason}" for reason in config.stash[LEFT_OUT].values()]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests with a `backend` argument run on every backend that computes here; the header names the others."""
-    if "backend" in metafunc.fixturenames:
-        found = metafunc.config.stash[FOUND]
-        metafunc.parametrize("backend", list(found.values()), ids=list(found))
+    """Tests with a `backend` argument run on every backend; slow ones not on the CPU's stand-in for a GPU."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    wanted = metafunc.config.getoption("--backend")
+    slow = metafunc.definition.get_closest_marker("slow") is not None
+    names = [
+        pytest.param(name, marks=pytest.mark.kernels if name == "cupy-on-cpu" else ())
+        for name in ([wanted] if wanted else BACKENDS)
+        if name not in metafunc.config.stash[LEFT_OUT] and not (slow and name == "cupy-on-cpu")
+    ]
+    metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """A backend by name; fails where cupy-on-cpu lacks CuPy's wheel or g++."""
+    if request.param == "cupy-on-cpu":
+        from cuda_on_cpu.backend import cupy_on_cpu
+
+        return cupy_on_cpu()
+    return select(request.param)[0]
 
 
 @pytest.fixture
