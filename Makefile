@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint typecheck wheel-check clean
+.PHONY: help install demo test test-kernels test-all gpu-check lint wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -19,16 +19,26 @@ help:  ## list the targets
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@ .venv/demo.stamp
 
+.venv/kernels.stamp: .venv/dev.stamp
+	$(BIN)/pip install --quiet --editable '.[dev,test-kernels]'
+	@touch $@
+
 install: .venv/dev.stamp  ## a virtual environment with all that development needs
 
 demo: .venv/demo.stamp  ## train the double moon, and say where the pictures are
 	$(BIN)/gpu-bp train configs/double-moon.toml
 
-test: .venv/dev.stamp  ## the unit tests, a few minutes
-	$(BIN)/pytest -n 2 -m 'not slow'
+test: .venv/dev.stamp  ## the unit tests, about two minutes
+	$(BIN)/pytest -n 2 -m 'not slow and not kernels'
 
-test-all: .venv/dev.stamp  ## all tests: the published experiments and the packaging too
+test-kernels: .venv/kernels.stamp  ## the CUDA kernels and the CuPy backend, without a GPU; needs g++
+	$(BIN)/pytest -n 2 -m kernels
+
+test-all: .venv/kernels.stamp  ## all tests: the kernels, the published experiments and the packaging too
 	$(BIN)/pytest -n 2
+
+gpu-check: ## on a machine with a GPU: everything it can tell, in one report; no network
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check
 
 lint: .venv/dev.stamp  ## formatting and lint
 	$(BIN)/ruff format --check .

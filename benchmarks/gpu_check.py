@@ -23,6 +23,7 @@ import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -33,7 +34,7 @@ from gpu_bp.backends import Backend, NumpyBackend
 
 ROOT = Path(__file__).parents[1]
 NOT_ON_A_DEVICE = "not slow and not kernels"
-TEST_SECONDS = 300
+TEST_SECONDS = 330
 
 
 def versions(backend: Backend) -> dict[str, Any]:
@@ -57,6 +58,8 @@ def run_tests(backend: str) -> dict[str, Any]:
         report = Path(folder, "junit.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-m", NOT_ON_A_DEVICE, "-p", "no:cacheprovider"]
         command += ["--backend", backend, f"--junit-xml={report}"]
+        if find_spec("xdist"):
+            command += ["-n", "4"]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TEST_SECONDS, check=False)
             output = done.stdout[-4000:] + done.stderr[-2000:]

@@ -6,7 +6,7 @@ result.summary["test"]["errors"]
 """
 
 from gpu_bp import registry
-from gpu_bp.backends import select
+from gpu_bp.backends import NumpyBackend, select
 from gpu_bp.config import Config
 from gpu_bp.config_file import dump_config, load_config, parse_config
 from gpu_bp.data import Dataset, load_data
@@ -29,6 +29,7 @@ __all__ = [
     "Layout",
     "Model",
     "Network",
+    "NumpyBackend",
     "Objective",
     "Optimizer",
     "ResidentSource",

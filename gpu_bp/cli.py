@@ -1,7 +1,7 @@
 """The command line, `gpu-bp`.
 
 Exit status: 0; 1 where gradients do not agree; 2 with one line `error: ...` for what the user can mend; 130
-after Ctrl-C, with everything written.
+after Ctrl-C and 143 after SIGTERM, with everything written.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 import typer
@@ -47,12 +45,17 @@ BackendOption = Annotated[str, typer.Option(help="auto, numpy or cupy; auto take
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
 ConfigArgument = Annotated[Path, typer.Argument(help="A config file (TOML).")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Keys to change: train.epochs=5 network.hidden=[64,64]"),
+]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: runs a command, and turns what it raises into an exit status."""
     try:
-        status = app(arguments, standalone_mode=False)
+        status = app((sys.argv[1:] if arguments is None else arguments) or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         _fail(str(error))
     except typer.TyperException as error:
@@ -60,41 +63,61 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has gone, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(141)
+    except OSError as error:
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}")
+    except UnicodeError as error:
+        _fail(f"text that cannot be written or read in this encoding: {error}")
+    except MemoryError as error:
+        _fail(f"out of memory: {error or 'smaller network.hidden, data.rows or train.batch_size would fit'}")
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Console(Console):
+    """Where a training says what it does. Where nobody reads any more, it goes on silently."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        _drop_output()
 
 
 @app.command()
 def train(
     config: ConfigArgument,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...")] = None,
+    overrides: OverridesArgument = None,
     backend: BackendOption = "auto",
     run: Annotated[Path | None, typer.Option(help="The run folder; by default runs/NAME-TIME.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> int:
     """Train a network and leave a run folder."""
-    console = Console(quiet=quiet, highlight=False)
+    console = _Console(quiet=quiet, highlight=False)
     parsed = load_config(config, overrides or [])
     chosen, why = select(backend)
     console.print(why, markup=False, soft_wrap=True)
-    with _interruptible() as interrupted:
-        result = train_run(parsed, backend=chosen, run=run, watch=watch(console), interrupted=interrupted)
-        stopped = result.summary["stopped"] == "interrupted"
+    with _Signals() as signals:
+        result = train_run(parsed, backend=chosen, run=run, watch=watch(console), interrupted=signals.interrupted)
     for name, metrics in _splits(result.summary):
         console.print(_sentence(name, metrics), markup=False, soft_wrap=True)
-    if not stopped:
+    stopped = result.summary["stopped"] == "interrupted"
+    if stopped:
+        console.print(f"interrupted at step {result.summary['steps']}; what was trained is saved", markup=False)
+    else:
         from gpu_bp.report import draw
 
         pictures = draw(RunFolder(result.folder), result.model, load_data(parsed))
         console.print("pictures: " + ", ".join(str(path) for path in pictures), markup=False, soft_wrap=True)
     console.print(f"run folder: {result.folder}", markup=False, soft_wrap=True)
-    return 130 if stopped else 0
+    return 128 + signals.number if stopped else 0
 
 
 @app.command()
@@ -122,24 +145,28 @@ def predict(
         raise UserError(f"{out}: the output must be a .csv or .npy file")
     folder = RunFolder.open(run)
     names, columns = Model.load(folder.model_file, select(backend)[0]).predict(file)
-    try:
-        if out is None:
-            sys.stdout.write(_csv(names, columns))
-        elif out.suffix == ".csv":
-            out.write_text(_csv(names, columns), encoding="utf-8")
-        else:
-            numeric = [column for column in columns if column.dtype.kind in "fiu"]
-            np.save(out, np.stack(numeric, axis=1).astype(np.float64), allow_pickle=False)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror}") from None
+    if out is None:
+        print(_csv(names, columns), end="")
+        return
+    part = out.with_name(out.name + ".part")
+    if out.suffix == ".csv":
+        part.write_text(_csv(names, columns), encoding="utf-8")
+    else:
+        values = [column for name, column in zip(names, columns, strict=True) if not name.startswith("class")]
+        with part.open("wb") as stream:
+            np.save(stream, np.stack(values, axis=1).astype(np.float64), allow_pickle=False)
+    part.replace(out)
 
 
 @app.command("check-gradients")
-def check(config: ConfigArgument, as_json: JsonOption = False, rows: Annotated[int, typer.Option(min=1)] = 16) -> int:
+def check(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    as_json: JsonOption = False,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows to take.")] = 16,
+) -> int:
     """Compare backpropagation with central differences at a config's initial parameters."""
-    parsed = load_config(config)
+    parsed = load_config(config, overrides or [])
     dataset = load_data(parsed)
     backend, _ = select("numpy")
     network = build_network(parsed, dataset, backend, dtype="float64")
@@ -200,21 +227,33 @@ def _installed(name: str) -> bool:
     return True
 
 
-@contextmanager
-def _interruptible() -> Iterator[Any]:
-    """Within it the first Ctrl-C is noted, to be asked for; a second one interrupts at once."""
-    noted = False
+class _Signals:
+    """Within it, SIGINT (Ctrl-C) and SIGTERM are noted while a training steps, to be asked for after each step.
 
-    def note(number: int, frame: Any) -> None:
-        nonlocal noted
-        noted = True
-        signal.signal(signal.SIGINT, before)
+    Before the first step, and the second time, they interrupt at once. `number` is the one noted, 0 for none.
+    """
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: noted
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __init__(self) -> None:
+        self.number = 0
+        self._stepping = False
+
+    def interrupted(self) -> bool:
+        """Whether one was noted; asked after every step."""
+        self._stepping = True
+        return self.number != 0
+
+    def __enter__(self) -> _Signals:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.number or not self._stepping:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        self.number = number
 
 
 def _splits(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

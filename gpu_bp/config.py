@@ -16,8 +16,8 @@ from gpu_bp.spec import Activation, FusedLoss, Loss, Record, RowActivation, Upda
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Rows = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=10**15)]
+Rows = Annotated[int, Field(ge=0, le=10**15)]
 Scaling = Literal["none", "standardise", "max-abs"]
 
 
@@ -65,7 +65,9 @@ class Encoder(DataSection):
     """The identity on unit vectors, through fewer hidden units."""
 
     kind: Literal["encoder"]
-    size: Annotated[int, Field(ge=2)] = Field(8, description="length of the patterns, and how many there are")
+    size: Annotated[int, Field(ge=2, le=10**15)] = Field(
+        8, description="length of the patterns, and how many there are"
+    )
     rows: Count | None = Field(None, description="training rows; by default each pattern once")
 
 

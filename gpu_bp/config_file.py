@@ -26,12 +26,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: {getattr(error, 'strerror', None) or error}") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
     try:
         raw = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # TOML's own error is a ValueError; so is a number of 5000 digits
         raise UserError(f"config {path} is not TOML: {error}") from None
     if not raw:
         raise UserError(f"config {path} is empty")
@@ -60,24 +62,28 @@ def dump_config(config: Config) -> str:
 
 def _run_name(path: Path) -> str:
     """A name for the run from the file's: letters, digits, '-', '_' and '.'."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in path.stem) or "run"
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "-" for c in path.stem) or "run"
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
+    key = key.strip()
     if not equals or not all(key.split(".")):
         raise UserError(f"override {override!r} is not of the form KEY.PATH=VALUE, such as train.epochs=10")
     try:
         parsed = tomllib.loads(f"value = {text}")
         value = parsed["value"] if len(parsed) == 1 else text
     except tomllib.TOMLDecodeError:
-        value = text
+        value = text.strip()
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"override {_shorten(override)}: {error}") from None
     table = raw
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is not a table")
+            where = ".".join(parents[: depth + 1])
+            raise UserError(f"override {override!r}: {where} is not a table, so it is set as a whole: {where}=...")
     table[last] = value
 
 
@@ -107,15 +113,21 @@ def _describe(error: ValidationError, raw: Mapping[str, Any]) -> str:
     if kind == "union_tag_not_found":
         return f"{key}.kind is missing"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{key} must be a table, not {given!r}"
+        return f"{key} must be a table, not {_shorten(given)}"
     if kind in ("union_tag_invalid", "literal_error"):
         key, given = (f"{key}.kind", context["tag"]) if "tag" in context else (key, given)
         names = context.get("expected_tags") or context["expected"]
         known = [name.strip(" '") for name in re.split(", | or ", names)]
-        return f"{key}: unknown {given!r}; {nearest(str(given), known)}"
+        return f"{key}: unknown {_shorten(given)}; {nearest(str(given), known)}"
     if kind != "value_error":
-        message = f"{message[0].lower()}{message[1:]}, not {given!r}"
+        message = f"{message[0].lower()}{message[1:]}, not {_shorten(given)}"
     return f"{key}: {message}" if key else message
+
+
+def _shorten(value: object) -> str:
+    """A value as it is shown in a message: text in quotes, and not a page of it."""
+    text = repr(value) if isinstance(value, str | list | dict) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _key(location: Sequence[str | int], raw: Any) -> str:

@@ -26,7 +26,10 @@ def initialise(
         UserError: a file that is missing, not safetensors, or does not fit the network.
     """
     if isinstance(weights, FileWeights):
-        network.load(read_tensors(Path(weights.path)))
+        try:
+            network.load(read_tensors(Path(weights.path)))
+        except UserError as error:
+            raise UserError(f"network.weights, {weights.path}: {error}") from None
         return
     tensors: dict[str, np.ndarray] = {}
     start = 0
@@ -60,5 +63,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"no file {path}")
     try:
         return load_file(path)
-    except (SafetensorError, OSError, TypeError, ValueError, KeyError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except (SafetensorError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from None

@@ -13,11 +13,12 @@ from safetensors.numpy import save_file
 
 from gpu_bp import registry
 from gpu_bp.backends import Backend
+from gpu_bp.data.batches import cast
 from gpu_bp.data.preparation import Preparation
 from gpu_bp.errors import UserError
 from gpu_bp.initial import read_tensors
 from gpu_bp.network import Network
-from gpu_bp.spec import RowActivation
+from gpu_bp.spec import Activation, RowActivation
 
 KEY = "gpu_bp"  # of the one entry of the file's metadata: with more, their order and so the bytes would vary
 FORMAT = 1
@@ -61,7 +62,7 @@ class Model:
                 raise UserError(f"{path} has model format {description['format']}, this version reads {FORMAT}")
             network = Network(
                 description["widths"],
-                [registry.activation(**_record(choice)) for choice in description["activations"]],
+                [_activation(**choice) for choice in description["activations"]],
                 biases=description["biases"],
                 backend=backend,
                 dtype=description["dtype"],
@@ -79,7 +80,8 @@ class Model:
 
         Regression: the outputs in raw units. Classification: `class`, then an output or probability a class.
         """
-        outputs = self.network.predict(self.preparation.read(path))
+        inputs = cast(self.preparation.read(path), self.network.dtype, str(path))
+        outputs = self.network.predict(inputs)
         task, names = self.preparation.task, self.preparation.output_names(outputs.shape[1])
         if task.kind == "regression":
             return names, list(self.preparation.raw_outputs(outputs).T)
@@ -93,8 +95,8 @@ class Model:
         return [*(f"class_{name}" for name in names), *names], [*decided.T, *values]
 
 
-def _record(choice: dict[str, Any]) -> dict[str, Any]:
-    return {"name": choice["kind"], **{key: value for key, value in choice.items() if key != "kind"}}
+def _activation(kind: str, **parameters: float) -> Activation | RowActivation:
+    return registry.activation(kind, **parameters)
 
 
 def _named(decided: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gpu_bp.runs import Lines
 from gpu_bp.trainer import Trainer
 
-INTERVAL = 1.0  # seconds between two plain lines, or 0.1 of it between two looks of the bar
+INTERVAL = 1.0  # seconds between two plain lines; the bar is looked at ten times as often
 
 
 def watch(console: Console) -> Any:

@@ -60,7 +60,7 @@ def _find(what: str, table: dict[str, R], name: str, parameters: dict[str, float
         raise UserError(str(error)) from None
 
 
-def activation(name: str, **parameters: float) -> Activation | RowActivation:
+def activation(name: str, /, **parameters: float) -> Activation | RowActivation:
     """The activation of that name, or alias, with parameters such as `slope` chosen.
 
     Raises:
@@ -69,11 +69,11 @@ def activation(name: str, **parameters: float) -> Activation | RowActivation:
     return _find("activation", ACTIVATIONS, name, parameters)
 
 
-def loss(name: str, **parameters: float) -> Loss:
+def loss(name: str, /, **parameters: float) -> Loss:
     """The loss of that name, with parameters such as `threshold` chosen. Raises UserError as `activation`."""
     return _find("loss", LOSSES, name, parameters)
 
 
-def update(name: str, **parameters: float) -> Update:
+def update(name: str, /, **parameters: float) -> Update:
     """The update rule of that name, with parameters such as `momentum` chosen. Raises UserError likewise."""
     return _find("optimizer", UPDATES, name, parameters)

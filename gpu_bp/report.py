@@ -46,6 +46,7 @@ def _save(figure: Figure, path: Path) -> Path:
 def _curves(folder: RunFolder) -> Path:
     """The losses over the steps, and the learning rate below them."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     lines = folder.metrics()
     steps = [line["step"] for line in lines]
@@ -57,9 +58,11 @@ def _curves(folder: RunFolder) -> Path:
         if any(value is not None for value in values):
             numbers = np.array([np.nan if value is None else value for value in values], float)
             top.plot(steps, numbers, label=label, marker=marker, linewidth=1.2)
-    positive = all(value > 0 for line in lines for key in line if key.endswith("_loss") and (value := line[key]))
-    if positive:
+    losses = [line[key] for line in lines for key in line if key.endswith("_loss") and line[key] is not None]
+    if losses and min(losses) > 0:
         top.set_yscale("log")
+        if max(losses) > 10 * min(losses):
+            top.yaxis.set_minor_formatter(NullFormatter())  # the decades are labels enough
     top.set_ylabel("mean loss of a row")
     top.grid(alpha=0.3)
     top.legend()
@@ -73,6 +76,8 @@ def _curves(folder: RunFolder) -> Path:
 
 def _boundary(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
     """The network's output over the plane of its two inputs, with the decision boundary and the points."""
+    from matplotlib.lines import Line2D
+
     name = "test" if "test" in dataset.splits else "train"
     split = dataset.splits[name]
     preparation, targets = dataset.preparation, split.targets[:POINTS]
@@ -90,7 +95,11 @@ def _boundary(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
         label = targets if targets.ndim == 1 else targets.argmax(axis=1)
         edges = np.arange(outputs.shape[1] - 1) + 0.5
         axis.contour(x, y, shown.reshape(300, 300), levels=edges, colors="black", linewidths=1)
-        axis.scatter(points[:, 0], points[:, 1], c=label, s=8, edgecolors="none", **colours)  # type: ignore[arg-type]
+        dots = axis.scatter(points[:, 0], points[:, 1], c=label, s=8, edgecolors="none", **colours)  # type: ignore[arg-type]
+        classes = np.unique(label)
+        names = [task.classes[k] if task.classes else str(k) for k in classes]
+        handles = [Line2D([], [], marker="o", linestyle="", color=dots.cmap(float(k) / 9)) for k in classes]
+        axis.legend(handles, names)
     else:
         level = {"sign": 0.0, "half": 0.5}.get(task.decision)
         field = outputs[:, 0].reshape(300, 300)
@@ -131,10 +140,13 @@ def _predictions(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
     label = preparation.output_names(targets.shape[1])[0]
     figure, (series, cross) = _figure(13, 4.5, columns=2, width_ratios=[2.2, 1])
     last = min(SERIES, len(wanted))
-    series.plot(np.arange(last), wanted[-last:], label="target", color="tab:gray", linewidth=1.2)
-    series.plot(np.arange(last), predicted[-last:], label="predicted", color="tab:blue", linewidth=1.2)
-    series.set_xlabel(f"the last {last} {name} rows")
+    marker = "o" if last < 3 else ""
+    for values, what, colour in ((wanted, "target", "tab:gray"), (predicted, "predicted", "tab:blue")):
+        series.plot(np.arange(last), values[-last:], label=what, color=colour, linewidth=1.2, marker=marker)
+    series.set_xlabel(f"the {'last ' if last < len(split.inputs) else ''}{last} {name} rows")
     series.set_ylabel(label)
+    if targets.shape[1] > 1:
+        series.set_title(f"the first of {targets.shape[1]} targets")
     series.grid(alpha=0.3)
     series.legend()
     ends = [min(wanted.min(), predicted.min()), max(wanted.max(), predicted.max())]

@@ -9,6 +9,7 @@ model.safetensors  the network and the preparation of its data
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from datetime import datetime
@@ -35,23 +36,26 @@ class RunFolder:
         """A new folder with the config in it; by default `runs/NAME-TIME`.
 
         Raises:
-            UserError: the folder has files in it, or cannot be made.
+            UserError: the folder has files in it.
+            OSError: it cannot be made.
         """
-        path = path or _fresh(Path("runs"), f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
-        try:
+        text = dump_config(config)
+        if path is None:
+            path = _fresh(Path("runs"), f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
+        else:
             cls.refuse_used(path)
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path)
-            folder.config_file.write_text(dump_config(config), encoding="utf-8")
-            folder.metrics_file.touch()
-        except OSError as error:
-            raise UserError(f"run folder {path}: {error.strerror}") from None
+        folder = cls(path)
+        folder.config_file.write_text(text, encoding="utf-8")
+        folder.metrics_file.touch()
         return folder
 
     @staticmethod
     def refuse_used(path: Path) -> None:
         """Raises UserError where there are files in the folder: a run never overwrites another."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"run folder {path} is a file; choose another name with --run")
+        if path.is_dir() and any(path.iterdir()):
             raise UserError(f"run folder {path} is not empty; choose another one with --run, or remove it")
 
     @classmethod
@@ -63,7 +67,8 @@ class RunFolder:
         """
         folder = cls(path)
         if not path.is_dir():
-            raise UserError(f"{path} is not a run folder: there is no such folder")
+            what = "it is a file" if path.exists() else "there is no such folder"
+            raise UserError(f"{path} is not a run folder: {what}")
         for file in (folder.config_file, folder.model_file):
             if not file.is_file():
                 raise UserError(f"{path} is not a run folder: it has no {file.name}")
@@ -90,12 +95,16 @@ class RunFolder:
 
 
 def _fresh(parent: Path, name: str) -> Path:
-    """A folder that is not there yet, also when two runs begin in one second."""
-    path, k = parent / name, 1
-    while path.exists():
-        k += 1
-        path = parent / f"{name}-{k}"
-    return path
+    """Makes a folder that is not there yet, also when two runs begin in one second."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for k in itertools.count(1):
+        path = parent / (f"{name}-{k}" if k > 1 else name)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError
 
 
 def _finite(value: Any) -> Any:

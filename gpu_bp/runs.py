@@ -12,6 +12,7 @@ from gpu_bp.config import Config
 from gpu_bp.config_file import load_config, parse_config
 from gpu_bp.data import load_data
 from gpu_bp.data.batches import ResidentSource
+from gpu_bp.errors import UserError
 from gpu_bp.model import Model
 from gpu_bp.run_folder import RunFolder
 from gpu_bp.trainer import Evaluator, Trainer
@@ -50,8 +51,10 @@ def train(
     """
     if isinstance(config, str | Path):
         config = load_config(config)
-    elif not isinstance(config, Config):
+    elif isinstance(config, Mapping):
         config = parse_config(config)
+    elif not isinstance(config, Config):
+        raise TypeError(f"config must be a Config, nested tables or a path, not {type(config).__name__}")
     if isinstance(backend, str):
         backend, _ = select(backend)
     path = Path(run) if run is not None else None
@@ -60,9 +63,13 @@ def train(
     trainer = Trainer(config, backend)
     folder = RunFolder.create(config, path)
     steps: Lines = trainer.run(interrupted)
-    for line in watch(trainer, steps) if watch else steps:
-        if line is not None:
-            folder.add_metrics(line)
+    try:
+        for line in watch(trainer, steps) if watch else steps:
+            if line is not None:
+                folder.add_metrics(line)
+        evaluated = trainer.evaluate()
+    except UserError as error:
+        raise UserError(f"{error} (its metrics are in {folder.metrics_file})") from None
     trainer.model.save(folder.model_file)
     summary = {
         "name": config.name,
@@ -75,7 +82,7 @@ def train(
         "seconds": trainer.seconds,
         "rows_per_second": trainer.rows / trainer.seconds,
         "stopped": trainer.stopped,
-        **trainer.evaluate(),
+        **evaluated,
     }
     folder.write_summary(summary)
     return Result(summary, trainer.model, folder.path)
@@ -91,7 +98,12 @@ def evaluate(run: str | Path, *, backend: str | Backend = "auto") -> dict[str, d
         backend, _ = select(backend)
     folder = RunFolder.open(Path(run))
     model, config = Model.load(folder.model_file, backend), folder.config()
-    dataset, loss = load_data(config), config.loss.record()
+    dataset, loss = load_data(config, model.preparation), config.loss.record()
+    if [dataset.n_inputs, dataset.n_targets] != [model.network.widths[0], model.network.widths[-1]]:
+        raise UserError(
+            f"{folder.model_file} takes {model.network.widths[0]} inputs and gives {model.network.widths[-1]} outputs; "
+            f"the data of {folder.config_file} have {dataset.n_inputs} inputs and {dataset.n_targets} targets"
+        )
     result = {}
     for name, split in dataset.splits.items():
         source = ResidentSource(backend, split.inputs, split.targets, model.network.dtype)

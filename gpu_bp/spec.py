@@ -18,6 +18,7 @@ A twin writes into the arrays it is given and makes none. Its output may be the 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -91,7 +92,7 @@ class Record:
             if name not in self.parameters:
                 known = ", ".join(self.parameters) or "none"
                 raise ValueError(f"{self.name} has no parameter {name!r}; known: {known}")
-            number = isinstance(value, int | float) and not isinstance(value, bool)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
             if not number or value not in self.parameters[name]:
                 interval = self.parameters[name].interval
                 raise ValueError(f"{name} of {self.name} must be a number in {interval}, not {value!r}")

@@ -62,10 +62,11 @@ class Evaluator:
     def __call__(self) -> dict[str, Any]:
         """`loss`, the mean over the rows, and the task's metrics. Waits for the device."""
         metrics = Metrics(self._task)
-        for batch in self._batches.epoch(0):
-            outputs = self._objective.forward(batch)
-            metrics.add(self._backend.to_host(outputs), self._backend.to_host(batch.targets))
-        return {"loss": self._objective.mean_loss(), **metrics.result()}
+        with np.errstate(over="ignore", invalid="ignore"):  # where a loss is not finite, the caller sees it
+            for batch in self._batches.epoch(0):
+                outputs = self._objective.forward(batch)
+                metrics.add(self._backend.to_host(outputs), self._backend.to_host(batch.targets))
+            return {"loss": self._objective.mean_loss(), **metrics.result()}
 
 
 class Trainer:
@@ -90,6 +91,8 @@ class Trainer:
         self._evaluators = {name: Evaluator(network, loss, dataset.task, source) for name, source in sources.items()}
         self._batches = Batches(backend, sources["train"], train.batch_size, train.sampling, config.seed)
         self.total_steps = train.steps or (train.epochs or 0) * self._batches.per_epoch
+        if train.stop_at_errors is not None and dataset.task.kind == "regression":
+            raise UserError("train.stop_at_errors needs a classification, and this is a regression; leave it out")
         self._log_every = train.log_every or self._batches.per_epoch
         optimizer = Optimizer(config.optimizer.record(), network, _schedule(config, self.total_steps))
         self._step = Step(Objective(network, loss, self._batches.size), optimizer)
@@ -127,19 +130,28 @@ class Trainer:
                     self.seconds = time.perf_counter() - begin
                     line |= {"seconds": self.seconds, "learning_rate": rate, "train_loss": train_loss}
                     yield line | self._evaluate_line()
-                    if not np.isfinite(train_loss):
-                        raise UserError(
-                            f"the training diverged: the loss is {train_loss} at step {self.steps}; "
-                            "try a smaller optimizer.learning_rate or smaller network.weights"
-                        )
+                    self._refuse_divergence(train_loss)
+                    begin = time.perf_counter() - self.seconds  # what evaluation took is not training
                     if last or self.stopped:
                         break
                 epoch += 1
-        self.seconds = time.perf_counter() - begin
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
-        """The loss and the task's metrics on each split that has rows."""
-        return {name: evaluator() for name, evaluator in self._evaluators.items()}
+        """The loss and the task's metrics on each split that has rows.
+
+        Raises:
+            UserError: the last step has made the loss on the training rows infinite.
+        """
+        result = {name: evaluator() for name, evaluator in self._evaluators.items()}
+        self._refuse_divergence(result["train"]["loss"])
+        return result
+
+    def _refuse_divergence(self, loss: float) -> None:
+        if not np.isfinite(loss):
+            raise UserError(
+                f"the training diverged: the loss is {loss} at step {self.steps}; "
+                "try a smaller optimizer.learning_rate or smaller network.weights"
+            )
 
     def _evaluate_line(self) -> dict[str, Any]:
         """What a line of metrics says beside the training loss."""

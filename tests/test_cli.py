@@ -205,6 +205,9 @@ def test_info_and_schema(cli: Cli) -> None:
         (["predict", "run", "good.npy", "-o", "none/y.csv"], "No such file or directory"),
         (["check-gradients", "none.toml"], "No such file"),
         (["trian"], "No such command"),
+        (["train", "tiny.toml", "network.hidden=[1000000000000]"], "out of memory"),
+        (["train", "tiny.toml", "--run", "x" * 300], "File name too long"),
+        (["evaluate", "tiny.toml"], "tiny.toml is not a run folder: it is a file"),
     ],
 )
 def test_errors_are_one_line(cli: Cli, write: Callable[..., Path], arguments: list[str], message: str) -> None:
@@ -266,6 +269,38 @@ def test_ctrl_c_leaves_a_readable_run(write: Callable[..., Path], cli: Cli) -> N
     assert json.loads(Path("run/summary.json").read_text())["stopped"] == "interrupted"
     assert cli("evaluate", "run", "--json")[0] == 0
     assert load_config("run/config.toml").train.epochs == 10000000
+
+
+def test_sigterm_is_like_ctrl_c(write: Callable[..., Path]) -> None:
+    write()
+    with command("train", "tiny.toml", "train.epochs=10000000", "--run", "run", "--backend", "numpy") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "step" in line:
+                process.terminate()
+                break
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (143, "")
+    assert "interrupted at step" in out
+    assert Path("run/model.safetensors").exists()
+
+
+def test_a_training_goes_on_when_nobody_reads(write: Callable[..., Path]) -> None:
+    write()
+    with command("train", "tiny.toml", "train.epochs=300", "--run", "run", "--backend", "numpy") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert json.loads(Path("run/summary.json").read_text())["stopped"] == ""
+
+
+def test_no_arguments_show_the_help(cli: Cli) -> None:
+    status, out, err = cli()
+    assert (status, err) == (0, "")
+    assert "check-gradients" in out
 
 
 def test_no_traceback_when_the_reader_leaves(write: Callable[..., Path]) -> None:

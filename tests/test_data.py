@@ -15,7 +15,7 @@ from gpu_bp import Batches, Dataset, ResidentSource, UserError, load_data, parse
 from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.data import synthetic
 from gpu_bp.data.batches import order
-from gpu_bp.data.preparation import Preparation
+from gpu_bp.data.preparation import Preparation, fit_scaling
 from gpu_bp.data.task import Metrics, Task
 
 Tiny = Callable[..., dict[str, Any]]
@@ -187,6 +187,40 @@ def test_table(tiny_config: Tiny, tmp_path: Path) -> None:
     assert Preparation.from_json(dataset.preparation.to_json()) == dataset.preparation
 
 
+@pytest.mark.parametrize("constant", ["0.1", "0.7", "1e-9", "123456.789"])
+def test_constant_columns_stay_zero(tiny_config: Tiny, tmp_path: Path, constant: str) -> None:
+    """Their computed standard deviation may be a rounding error, which must not blow up the rows that differ."""
+    text = "k,x,price\n" + "".join(f"{constant},{k},{k}\n" for k in range(99)) + f"{float(constant) * 2},1,2\n"
+    dataset = load_table(tiny_config, tmp_path / "t.csv", text, drop_columns=[], categorical_columns=[], test_rows=1)
+    np.testing.assert_array_equal(dataset.splits["train"].inputs[:, 0], 0)
+    np.testing.assert_allclose(dataset.splits["test"].inputs[0, 0], float(constant), rtol=1e-12)
+    inputs = np.full((7, 1), float(constant))
+    for scaling in ("standardise", "max-abs"):
+        assert fit_scaling(inputs, scaling) == ([float(constant)], [1.0])
+
+
+def test_a_categorical_and_a_numeric_target(tiny_config: Tiny, tmp_path: Path) -> None:
+    """Each output has its own name and unit."""
+    dataset = load_table(tiny_config, tmp_path / "t.csv", target_columns=["colour", "price"])
+    assert dataset.preparation.output_names(4) == ["colour=blue", "colour=green", "colour=red", "price"]
+    raw = dataset.preparation.raw_outputs(dataset.splits["train"].targets)
+    np.testing.assert_allclose(raw[:2], [[0, 0, 1, 100], [1, 0, 0, 200]])
+
+
+def test_data_of_a_given_preparation(tiny_config: Tiny, tmp_path: Path) -> None:
+    """A model's own preparation is used as it is, whatever the file now holds and in which order."""
+    dataset = load_table(tiny_config, tmp_path / "t.csv")
+    section = {"kind": "table", "path": str(tmp_path / "t.csv"), "target_columns": ["price"]}
+    config = parse_config({**tiny_config(), "data": section})
+    lines = [line.split(",") for line in TABLE.split()]
+    (tmp_path / "t.csv").write_text("\n".join(",".join(reversed(line)) for line in lines[:4]) + "\n")
+    again = load_data(config, dataset.preparation)
+    np.testing.assert_array_equal(again.splits["train"].inputs, dataset.splits["train"].inputs[:3])
+    (tmp_path / "t.csv").write_text("price,size\n1,2\n")
+    with pytest.raises(UserError, match="unknown column 'colour'"):
+        load_data(config, dataset.preparation)
+
+
 def test_standardise_columns(tiny_config: Tiny, tmp_path: Path) -> None:
     dataset = load_table(tiny_config, tmp_path / "t.csv", standardise_columns=["size"])
     np.testing.assert_array_equal(dataset.splits["train"].targets[:, 0], [100, 200, 300, 400, 500, 600])
@@ -207,6 +241,9 @@ def test_numeric_categories_stand_in_their_order(tiny_config: Tiny, tmp_path: Pa
     text = "hour,price\n10,1\n9,2\n2,3\n"
     dataset = load_table(tiny_config, tmp_path / "t.csv", text, drop_columns=[], categorical_columns=["hour"])
     assert dataset.preparation.input_names() == ["hour=2", "hour=9", "hour=10"]
+    text = "hour,price\n1,1\n1.0,2\n01,3\nnan,4\n"  # no order as numbers: then as text, in every process alike
+    dataset = load_table(tiny_config, tmp_path / "t.csv", text, drop_columns=[], categorical_columns=["hour"])
+    assert dataset.preparation.input_names() == ["hour=01", "hour=1", "hour=1.0", "hour=nan"]
 
 
 @pytest.mark.parametrize(
@@ -224,14 +261,30 @@ def test_numeric_categories_stand_in_their_order(tiny_config: Tiny, tmp_path: Pa
         (TABLE, {"target_columns": ["prise"]}, "unknown column 'prise'; did you mean price?"),
         (TABLE, {"drop_columns": ["idd"]}, "unknown column 'idd'; did you mean id?"),
         (TABLE, {"drop_columns": ["id", "colour", "size", "weight"]}, "no column is left for the inputs"),
-        (TABLE, {"test_rows": 6}, "the data have 6 rows; data.validation_rows = 0 and data.test_rows = 6 leave none"),
+        (TABLE, {"test_rows": 6}, "t.csv has 6 rows; data.validation_rows = 0 and data.test_rows = 6 leave none"),
         (
             TABLE.replace("6,red", "6,pink"),
             {"test_rows": 1},
             "line 7, column colour: 'pink' does not occur in the training",
         ),
-        (b"a,b\n\xff,1\n", {}, "not a csv file in UTF-8"),
-        ('a,b\n"x,1\n', {}, "not a csv file"),
+        (b"a,b\n\xff,1\n", {}, "t.csv, after line 1: not text in UTF-8"),
+        ('a,b\n"x,1\n', {}, "t.csv, after line 1: unexpected end of data"),
+        (TABLE, {"target_columns": ["price", "id"]}, "'id' stands in data.target_columns and in data.drop_columns"),
+        (TABLE, {"target_columns": ["price", "price"]}, "data.target_columns names 'price' twice"),
+        (
+            TABLE,
+            {"standardise_columns": ["colour"]},
+            "'colour' stands in data.categorical_columns and in data.standard",
+        ),
+        (TABLE.replace("3.0", "1_000"), {}, "line 4, column size: '1_000' is not a number"),
+        (TABLE.replace("3.0", "1e300"), {}, "line 4, column size: the number is too large to standardise"),
+        (TABLE.replace("id,", ","), {}, "line 1: column 1 has no name"),
+        (TABLE.replace(",", ";"), {}, "the separator must be a comma"),
+        (
+            TABLE.replace("blue", "red").replace("green", "red"),
+            {"target_columns": ["colour"]},
+            "single class 'red'; a classification needs two or more",
+        ),
     ],
 )
 def test_tables_that_are_refused(
@@ -285,7 +338,21 @@ X = np.ones((4, 2))
         (X, np.ones(3), "squared_error", {}, "data.inputs has 4 rows and data.targets has 3"),
         (np.array([[1, np.nan]] * 4), np.ones(4), "squared_error", {}, "x.npy has a NaN or infinity in row 0"),
         (X, np.array([1, 1, np.inf, 1]), "squared_error", {}, "d.npy has a NaN or infinity in row 2"),
-        (X, np.array(["a"] * 4), "squared_error", {}, "must hold one array of numbers"),
+        (
+            X,
+            np.array(["a"] * 4),
+            "squared_error",
+            {},
+            "must hold one array of real numbers with 1 or 2 dimensions, not <U1 of",
+        ),
+        (
+            X,
+            np.array([0, 2**64 - 1, 0, 1], np.uint64),
+            "cross_entropy",
+            {"n_classes": 3},
+            "class 18446744073709551615 is out",
+        ),
+        (X, np.array([0, 10**12, 0, 1]), "cross_entropy", {}, "there are only 4 training rows; are these classes?"),
         (np.ones((4, 2, 2)), np.ones(4), "squared_error", {}, "with 1 or 2 dimensions"),
         (np.ones((0, 2)), np.ones(0), "squared_error", {}, "x.npy is empty"),
         (
@@ -296,7 +363,7 @@ X = np.ones((4, 2))
             "row 3 (counting from 0): class 2 is out of range",
         ),
         (X, np.array([0, -1, 0, 1]), "cross_entropy", {}, "row 1 (counting from 0): class -1 is out of range"),
-        (X, np.array([0, 5, 0, 1]), "cross_entropy", {"n_classes": 3}, "there are 3 classes, 0 to 2"),
+        (X, np.array([0, 3, 0, 1]), "cross_entropy", {"n_classes": 3}, "there are 3 classes, 0 to 2"),
         (X, np.full((4, 3), 0.5), "cross_entropy", {}, "rows of probabilities that sum to 1, row 0"),
         (X, np.full(4, 1.5), "binary_cross_entropy", {}, "numbers from 0 to 1, row 0"),
         (X, np.array([0, 1, 2, 1]), "binary_cross_entropy", {}, "takes two classes, the data have 3"),

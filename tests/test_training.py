@@ -132,6 +132,51 @@ def test_divergence_is_told(backend: Backend, tiny_config: Tiny, tmp_path: Path)
     assert lines_of(tmp_path / "run")[-1]["train_loss"] is None
 
 
+def test_divergence_in_the_last_step_is_told(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
+    """The loss of the last line is that before the last update; nothing is saved as if it were trained."""
+    config = tiny_config(
+        optimizer={"learning_rate": 1e39}, train={"epochs": 1, "batch_size": 50}, network={"activation": "identity"}
+    )
+    with pytest.raises(UserError, match=r"diverged.* at step 1;.*its metrics are in .*metrics\.jsonl"):
+        gpu_bp.train(config, backend=backend, run=tmp_path / "run")
+    assert not (tmp_path / "run/model.safetensors").exists()
+
+
+def test_evaluate_keeps_the_preparation_of_the_model(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
+    """The file may have been reordered or shortened since; what does not fit any more is told."""
+    rows = [f"{a},{b},{a + 2 * b}" for a, b in np.random.default_rng(0).standard_normal((40, 2)).tolist()]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["a,b,y", *rows]) + "\n")
+    data = {"kind": "table", "path": str(path), "target_columns": ["y"]}
+    result = gpu_bp.train({**tiny_config(), "data": data}, backend=backend, run=tmp_path / "run")
+    path.write_text("\n".join(["y,b,a", *(",".join(reversed(row.split(","))) for row in rows)]) + "\n")
+    again = gpu_bp.evaluate(tmp_path / "run", backend=backend)
+    assert again["train"] == pytest.approx(result.summary["train"], rel=1e-6)
+    other = gpu_bp.train(tiny_config(), backend=backend, run=tmp_path / "other")
+    other.model.save(tmp_path / "run/model.safetensors")
+    with pytest.raises(UserError, match="data.kind is table, and the model was trained on another kind"):
+        gpu_bp.evaluate(tmp_path / "run", backend=backend)
+
+
+def test_stop_at_errors_needs_a_classification(tiny_config: Tiny) -> None:
+    config = {**tiny_config(train={"stop_at_errors": 0}), "data": {"kind": "linear"}}
+    with pytest.raises(UserError, match="stop_at_errors needs a classification"):
+        gpu_bp.train(config, backend="numpy")
+
+
+def test_numbers_beyond_the_precision(tiny_config: Tiny, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([[1.0, 2.0], [3.0, -1e300]]))
+    np.save(tmp_path / "d.npy", np.array([1.0, 2.0]))
+    data = {"kind": "arrays", "inputs": str(tmp_path / "x.npy"), "targets": str(tmp_path / "d.npy")}
+    with pytest.raises(UserError, match=r"inputs, row 1, column 1 .*: -1e\+300 is too large for float32"):
+        gpu_bp.train({**tiny_config(), "data": data}, backend="numpy")
+
+
+def test_a_config_of_another_type() -> None:
+    with pytest.raises(TypeError, match="config must be"):
+        gpu_bp.train(5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("weights", "low", "high", "sd"),
     [
@@ -223,7 +268,9 @@ def test_run_folders_that_are_refused(tiny_config: Tiny, tmp_path: Path) -> None
         gpu_bp.evaluate(tmp_path / "none")
     with pytest.raises(UserError, match=r"is not a run folder: it has no config\.toml"):
         gpu_bp.evaluate(tmp_path / "used")
-    with pytest.raises(UserError, match="not empty|Not a directory"):
+    with pytest.raises(UserError, match="is a file"):
+        gpu_bp.train(tiny_config(), backend="numpy", run=tmp_path / "used/file")
+    with pytest.raises(NotADirectoryError):
         gpu_bp.train(tiny_config(), backend="numpy", run=tmp_path / "used/file/run")
 
 

@@ -46,21 +46,26 @@ class Dataset:
         return int(self.splits["train"].inputs.shape[1])
 
 
-def load_data(config: Config) -> Dataset:
+def load_data(config: Config, preparation: Preparation | None = None) -> Dataset:
     """The data of a config, targets coded for its loss.
 
+    The preparation is fitted to the training rows, or is the one given, such as a model's own.
+
     Raises:
-        UserError: a missing or broken file, too few rows, targets that do not fit the loss.
+        UserError: a missing or broken file, too few rows, targets that do not fit the loss, or data that do not
+            fit the preparation given.
     """
     data, loss = config.data, config.loss.record()
+    if preparation and (preparation.columns is not None) != isinstance(data, TableData):
+        raise UserError(f"data.kind is {data.kind}, and the model was trained on another kind of data")
     if isinstance(data, TableData):
-        return _load_table(data, loss)
+        return _load_table(data, loss, preparation)
     if isinstance(data, ArrayData):
-        rows = _read_arrays(data, loss)
-        return _dataset(rows, _n_train(len(rows.inputs), data), data, loss)
+        rows = _read_arrays(data, loss, preparation)
+        return _dataset(rows, _n_train(len(rows.inputs), data, data.inputs), data, loss, data.targets, preparation)
     n_train = (data.rows or data.size) if isinstance(data, Encoder) else data.rows
     rows = _generate(data, config.seed, n_train + data.validation_rows + data.test_rows)
-    return _dataset(rows, n_train, data, loss)
+    return _dataset(rows, n_train, data, loss, data.kind, preparation)
 
 
 def _generate(data: Data, seed: int, n: int) -> Rows:
@@ -77,14 +82,22 @@ def _generate(data: Data, seed: int, n: int) -> Rows:
     raise AssertionError(data)
 
 
-def _read_arrays(data: ArrayData, loss: Loss) -> Rows:
+def _read_arrays(data: ArrayData, loss: Loss, preparation: Preparation | None) -> Rows:
     """A pair of .npy files; a vector of integers is taken as classes unless the loss is one of real numbers."""
     inputs, targets = read_pair(Path(data.inputs), Path(data.targets))
     if targets.ndim == 2:
         return Rows(inputs, targets=targets)
     if loss.targets == "real":
         return Rows(inputs, targets=targets[:, None].astype(np.float64))
-    n_classes = data.n_classes or max(2, int(targets[: _n_train(len(targets), data)].max()) + 1)
+    train = targets[: _n_train(len(targets), data, data.targets)]
+    n_classes = data.n_classes or max(2, int(train.max()) + 1)
+    if preparation:
+        n_classes = len(preparation.task.classes)
+    elif not data.n_classes and n_classes > max(2, len(train)):
+        raise UserError(
+            f"{data.targets}: the largest class is {n_classes - 1}, but there are only {len(train)} training rows; "
+            "are these classes? If so, set data.n_classes; for regression use a loss such as squared_error"
+        )
     outside = (targets < 0) | (targets >= n_classes)
     if outside.any():
         row = int(np.argmax(outside))
@@ -92,13 +105,14 @@ def _read_arrays(data: ArrayData, loss: Loss) -> Rows:
             f"{data.targets}, row {row} (counting from 0): class {targets[row]} is out of range; there are "
             f"{n_classes} classes, 0 to {n_classes - 1} (data.n_classes sets how many)"
         )
-    return Rows(inputs, labels=targets, classes=tuple(str(k) for k in range(n_classes)))
+    return Rows(inputs, labels=targets.astype(np.int64), classes=tuple(str(k) for k in range(n_classes)))
 
 
-def _load_table(data: TableData, loss: Loss) -> Dataset:
+def _load_table(data: TableData, loss: Loss, preparation: Preparation | None) -> Dataset:
     table = Table(Path(data.path))
-    n_train = _n_train(len(table), data)
-    columns = Columns.fit(
+    n_train = _n_train(len(table), data, data.path)
+    columns = preparation.columns if preparation else None
+    columns = columns or Columns.fit(
         table,
         n_train,
         targets=data.target_columns,
@@ -112,32 +126,43 @@ def _load_table(data: TableData, loss: Loss) -> Dataset:
         rows = Rows(inputs, labels=columns.class_indices(table), classes=classes)
     else:
         rows = Rows(inputs, targets=columns.encode_targets(table))
-    return _dataset(rows, n_train, data, loss, columns)
+    where = f"{data.path}, {', '.join(data.target_columns)}"
+    return _dataset(rows, n_train, data, loss, where, preparation, columns)
 
 
-def _n_train(n_rows: int, data: DataSection) -> int:
+def _n_train(n_rows: int, data: DataSection, where: str) -> int:
     """How many rows are left for training."""
     n_train = n_rows - data.validation_rows - data.test_rows
     if n_train < 1:
         raise UserError(
-            f"the data have {n_rows} rows; data.validation_rows = {data.validation_rows} and "
+            f"{where} has {n_rows} rows; data.validation_rows = {data.validation_rows} and "
             f"data.test_rows = {data.test_rows} leave none to train on"
         )
     return n_train
 
 
-def _dataset(rows: Rows, n_train: int, data: DataSection, loss: Loss, columns: Columns | None = None) -> Dataset:
+def _dataset(
+    rows: Rows,
+    n_train: int,
+    data: DataSection,
+    loss: Loss,
+    where: str,
+    preparation: Preparation | None,
+    columns: Columns | None = None,
+) -> Dataset:
     """Codes the targets, scales the inputs by the training rows, and splits."""
     if rows.labels is not None:
         targets, task = code_labels(rows.labels, rows.classes, loss)
     else:
         assert rows.targets is not None
-        targets, task = code_targets(rows.targets, rows.binary, loss)
-    preparation, inputs = Preparation(task, columns), rows.inputs
-    if columns is None:
-        shift, scale = fit_scaling(inputs[:n_train], getattr(data, "scaling", "none"))
-        preparation = Preparation(task, None, tuple(shift.tolist()), tuple(scale.tolist()))
-        inputs = preparation.inputs(inputs)
+        targets, task = code_targets(rows.targets, rows.binary, loss, where)
+    inputs = rows.inputs
+    if preparation is None:
+        shift, scale = ((), ()) if columns else fit_scaling(inputs[:n_train], getattr(data, "scaling", "none"))
+        preparation = Preparation(task, columns, tuple(shift), tuple(scale))
+    elif columns is None and len(preparation.shift) != inputs.shape[1]:
+        raise UserError(f"{where}: {inputs.shape[1]} inputs a row, where the network takes {len(preparation.shift)}")
+    inputs = preparation.inputs(inputs)
     ends = np.cumsum([0, n_train, data.validation_rows, data.test_rows])
     splits = {
         name: Split(inputs[start:end], targets[start:end])

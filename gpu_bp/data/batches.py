@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from gpu_bp.backends import Backend
+from gpu_bp.errors import UserError
 from gpu_bp.registry import Purpose, permutation, uniforms
 from gpu_bp.spec import Array
 
@@ -44,18 +45,38 @@ class Source(Protocol):
         """Puts the rows of these numbers (n,) int64, on the device, into a batch of n."""
 
 
+def cast(values: np.ndarray, dtype: Any, what: str) -> np.ndarray:
+    """Finite numbers (rows, n) in a floating dtype.
+
+    Raises:
+        UserError: one is too large for it (which).
+    """
+    with np.errstate(over="ignore"):
+        result = values.astype(dtype)
+    if not np.isfinite(result).all():
+        row, column = np.argwhere(~np.isfinite(result))[0]
+        raise UserError(
+            f"{what}, row {row}, column {column} (counting from 0): {values[row, column]:g} is too large for "
+            f"{result.dtype}; scale the data, or use train.precision = 'float64'"
+        )
+    return result
+
+
 class ResidentSource:
     """A source whose rows all lie on the device.
 
     Args:
-        inputs, targets: host arrays of n rows; inputs and real targets are cast to `dtype`.
+        inputs, targets: host arrays of n rows; inputs and real targets are cast to `dtype`, class indices are int64.
+
+    Raises:
+        UserError: a number is too large for the dtype.
     """
 
     def __init__(self, backend: Backend, inputs: np.ndarray, targets: np.ndarray, dtype: Any) -> None:
         self._backend = backend
         self.n_rows = len(inputs)
-        self.inputs = backend.to_device(inputs.astype(dtype))
-        self.targets = backend.to_device(targets.astype(np.int64 if targets.ndim == 1 else dtype))
+        self.inputs = backend.to_device(cast(inputs, dtype, "inputs"))
+        self.targets = backend.to_device(targets if targets.ndim == 1 else cast(targets, dtype, "targets"))
 
     def empty(self, n: int) -> Batch:
         zeros = self._backend.zeros

@@ -29,7 +29,7 @@ class Preparation:
 
     def inputs(self, raw: np.ndarray) -> np.ndarray:
         """Raw inputs (rows, n_inputs) as the network sees them; those of a table are the same."""
-        return raw if self.columns else (raw - np.array(self.shift)) / np.array(self.scale)
+        return raw if self.columns else (np.asarray(raw) - np.array(self.shift)) / np.array(self.scale)
 
     def raw_inputs(self, inputs: np.ndarray) -> np.ndarray:
         """The inverse of `inputs`."""
@@ -39,7 +39,7 @@ class Preparation:
         """A name for each input of an array; for those of a table, its columns, with the category."""
         if self.columns is None:
             return [f"x{k + 1}" for k in range(len(self.shift))]
-        return [name for column in self.columns.inputs for name in column.input_names()]
+        return [name for column in self.columns.inputs for name in column.names()]
 
     def read(self, path: Path) -> np.ndarray:
         """The network's inputs from a .csv or .npy file of raw rows, as `predict` takes them.
@@ -47,17 +47,19 @@ class Preparation:
         Raises:
             UserError: another kind of file, or one that does not fit what the network was trained on.
         """
-        if path.suffix not in (".csv", ".npy"):
+        kind = path.suffix.lower()
+        if kind not in (".csv", ".npy"):
             raise UserError(f"{path}: a .csv or .npy file is needed")
         if self.columns is not None:
-            if path.suffix == ".npy":
+            if kind == ".npy":
                 raise UserError(f"{path}: this network was trained on a table; give a .csv file with its columns")
             return self.columns.encode_inputs(Table(path))
-        if path.suffix == ".npy":
+        if kind == ".npy":
             raw = read_inputs(path, "inputs")
         else:
-            table = Table(path)
-            raw = np.stack([table.numbers(name) for name in table.names], axis=1)
+            table, wanted = Table(path), self.input_names()
+            names = wanted if set(wanted) <= set(table.names) else table.names  # by name, or else in their order
+            raw = np.stack([table.numbers(name) for name in names], axis=1)
         if raw.shape[1] != len(self.shift):
             raise UserError(f"{path} has {raw.shape[1]} columns, this network takes {len(self.shift)} inputs")
         return self.inputs(raw)
@@ -66,17 +68,22 @@ class Preparation:
         """Outputs of a regression in raw units, float64 (rows, n)."""
         outputs = outputs.astype(np.float64)
         if self.columns is not None:
-            for k, column in enumerate(self.columns.targets):
+            k = 0
+            for column in self.columns.targets:
                 if isinstance(column, Numeric):
                     outputs[:, k] = column.decode(outputs[:, k])
+                k += len(column.names())
         return outputs
 
     def output_names(self, n_outputs: int) -> list[str]:
         """A name for each output: the target columns, the classes, or y1, y2, ..."""
         if self.task.decision == "argmax" and self.task.classes:
             return list(self.task.classes)
-        if self.columns is not None and len(self.columns.targets) == n_outputs:
-            return [column.name for column in self.columns.targets]
+        names = [name for column in self.columns.targets for name in column.names()] if self.columns else []
+        if len(names) == n_outputs:
+            return names
+        if self.columns is not None and n_outputs == 1:
+            return [self.columns.targets[0].name]
         return ["y"] if n_outputs == 1 else [f"y{k + 1}" for k in range(n_outputs)]
 
     def to_json(self) -> dict[str, Any]:
@@ -97,7 +104,7 @@ class Preparation:
         return cls(task, columns, tuple(data["shift"]), tuple(data["scale"]))
 
 
-def fit_scaling(train: np.ndarray, scaling: str) -> tuple[np.ndarray, np.ndarray]:
+def fit_scaling(train: np.ndarray, scaling: str) -> tuple[list[float], list[float]]:
     """Shift and scale per column of training inputs (rows, n).
 
     "standardise": mean and standard deviation. "max-abs": the mean, then the largest absolute value of what
@@ -105,10 +112,11 @@ def fit_scaling(train: np.ndarray, scaling: str) -> tuple[np.ndarray, np.ndarray
     """
     n_inputs = train.shape[1]
     if scaling == "none":
-        return np.zeros(n_inputs), np.ones(n_inputs)
-    shift = train.mean(axis=0)
+        return [0.0] * n_inputs, [1.0] * n_inputs
+    constant = train.min(axis=0) == train.max(axis=0)  # its computed deviation may be a rounding error, not 0
+    shift = np.where(constant, train[0], train.mean(axis=0))
     scale = train.std(axis=0) if scaling == "standardise" else np.abs(train - shift).max(axis=0)
-    return shift, np.where(scale > 0, scale, 1.0)
+    return shift.tolist(), np.where(constant, 1.0, scale).tolist()
 
 
 def code_labels(labels: np.ndarray, classes: tuple[str, ...], loss: Loss) -> tuple[np.ndarray, Task]:
@@ -117,6 +125,8 @@ def code_labels(labels: np.ndarray, classes: tuple[str, ...], loss: Loss) -> tup
     For a loss of classes they stay class indices. For one of numbers in [0, 1], two classes become 0 and 1;
     for one of real numbers -1 and 1, and more than two one-hot rows.
     """
+    if len(classes) < 2:
+        raise UserError(f"the training rows have the single class {classes[0]!r}; a classification needs two or more")
     two = len(classes) == 2
     if loss.targets == "classes":
         return labels, Task("argmax", classes)
@@ -129,8 +139,10 @@ def code_labels(labels: np.ndarray, classes: tuple[str, ...], loss: Loss) -> tup
     return np.eye(len(classes))[labels], Task("argmax", classes)
 
 
-def code_targets(targets: np.ndarray, binary: bool, loss: Loss) -> tuple[np.ndarray, Task]:
+def code_targets(targets: np.ndarray, binary: bool, loss: Loss, where: str) -> tuple[np.ndarray, Task]:
     """Targets (rows, n) as the loss wants them, and the task that follows; `binary`: they are 0 and 1.
+
+    `where` they come from is said in errors.
 
     Raises:
         UserError: they do not fit the loss (which row).
@@ -144,7 +156,7 @@ def code_targets(targets: np.ndarray, binary: bool, loss: Loss) -> tuple[np.ndar
         row = int(np.argwhere(outside)[0][0])
         wanted = "numbers from 0 to 1" if loss.targets == "unit" else "classes, or rows of probabilities that sum to 1"
         raise UserError(
-            f"the targets do not fit the loss: {loss.name} takes {wanted}, row {row} (counting from 0) is "
+            f"{where}: the targets do not fit the loss: {loss.name} takes {wanted}, row {row} (counting from 0) is "
             f"{targets[row].tolist()}; for regression use squared_error, and of a table name a column of classes "
             "in data.categorical_columns"
         )

@@ -33,13 +33,15 @@ class Table:
             raise UserError(f"no file {path}")
         rows: list[list[str]] = []
         self.lines: list[int] = []  # where each row ends in the file
+        line = 1
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.reader(file, strict=True)
-                header = next(reader, None)
-                if not header:
+                header = next((row for row in reader if row), None)
+                if header is None:
                     raise UserError(f"{path} is empty; a header and rows are needed")
                 for row in reader:
+                    line = reader.line_num
                     if not row:
                         continue
                     if len(row) != len(header):
@@ -47,13 +49,19 @@ class Table:
                             f"{path}, line {reader.line_num}: {len(row)} fields, the header has {len(header)}"
                         )
                     rows.append(row)
-                    self.lines.append(reader.line_num)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{path} is not a csv file in UTF-8: {error}") from None
+                    self.lines.append(line)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}, after line {line}: not text in UTF-8 ({error.reason})") from None
+        except csv.Error as error:
+            raise UserError(f"{path}, after line {line}: {error}") from None
         self.names = [name.strip() for name in header]
-        for name in self.names:
-            if self.names.count(name) > 1:
-                raise UserError(f"{path}, line 1: the column {name!r} is there twice")
+        if "" in self.names:
+            raise UserError(f"{path}, line 1: column {self.names.index('') + 1} has no name")
+        if len(set(self.names)) < len(self.names):
+            twice = next(name for k, name in enumerate(self.names) if name in self.names[:k])
+            raise UserError(f"{path}, line 1: the column {twice!r} is there twice")
+        if len(self.names) == 1 and ";" in self.names[0]:
+            raise UserError(f"{path}, line 1: there is one column, {self.names[0]!r}; the separator must be a comma")
         if all(map(_is_number, self.names)):
             raise UserError(f"{path}, line 1: a header with the names of the columns is needed, not numbers")
         if not rows:
@@ -78,7 +86,7 @@ class Table:
         values = np.empty(len(column))
         for row, field in enumerate(column):
             try:
-                values[row] = float(field)
+                values[row] = _number(field)
             except ValueError:
                 hint = "not a number (if it is a category, name the column in data.categorical_columns)"
                 raise self.fault(name, row, f"{field!r} is {hint}") from None
@@ -91,9 +99,16 @@ class Table:
         return UserError(f"{self.path}, line {self.lines[row]}, column {name}: {what}")
 
 
+def _number(text: str) -> float:
+    """A number as other programs write it: float() alone would take 1_000 and the digits of other scripts."""
+    if "_" in text or not text.isascii():
+        raise ValueError
+    return float(text)
+
+
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        _number(text)
     except ValueError:
         return False
     return True
@@ -113,9 +128,15 @@ class Numeric:
         if not standardise:
             return cls(name)
         values = table.numbers(name)[:n_train]
-        return cls(name, float(values.mean()), float(values.std()) or 1.0)
+        if values.min() == values.max():  # its computed deviation may be a rounding error, not 0
+            return cls(name, float(values[0]))
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean, sd = float(values.mean()), float(values.std())
+        if not (math.isfinite(mean) and 0 < sd < math.inf):
+            raise table.fault(name, int(np.abs(values).argmax()), "the number is too large to standardise the column")
+        return cls(name, mean, sd)
 
-    def input_names(self) -> list[str]:
+    def names(self) -> list[str]:
         return [self.name]
 
     def encode(self, table: Table) -> np.ndarray:
@@ -138,9 +159,10 @@ class Categorical:
     def fit(cls, table: Table, name: str, n_train: int) -> Categorical:
         """The categories of the training rows: numbers in their order, or else text in its."""
         seen = sorted(set(table.text(name)[:n_train]))
-        return cls(name, tuple(sorted(seen, key=float) if all(map(_is_number, seen)) else seen))
+        numeric = all(_is_number(category) and math.isfinite(float(category)) for category in seen)
+        return cls(name, tuple(sorted(seen, key=float) if numeric else seen))
 
-    def input_names(self) -> list[str]:
+    def names(self) -> list[str]:
         return [f"{self.name}={category}" for category in self.categories]
 
     def indices(self, table: Table) -> np.ndarray:
@@ -182,9 +204,18 @@ class Columns:
 
         `standardised` None means every numeric column, targets among them where `standardise_targets`.
         """
-        for name in (*targets, *dropped, *categorical, *(standardised or ())):
-            if name not in table.names:
-                raise UserError(f"{table.path}: {unknown('column', name, table.names)}")
+        named = {"target": targets, "drop": dropped, "categorical": categorical, "standardise": standardised or ()}
+        for key, names in named.items():
+            for k, name in enumerate(names):
+                if name not in table.names:
+                    raise UserError(f"{table.path}: {unknown('column', name, table.names)}")
+                if name in names[:k]:
+                    raise UserError(f"data.{key}_columns names {name!r} twice")
+        for one, other in (("target", "drop"), ("categorical", "standardise")):
+            if both := sorted(set(named[one]) & set(named[other])):
+                raise UserError(
+                    f"{both[0]!r} stands in data.{one}_columns and in data.{other}_columns; it can be one alone"
+                )
 
         def column(name: str) -> Numeric | Categorical:
             if name in categorical:

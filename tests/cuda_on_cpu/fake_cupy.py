@@ -50,6 +50,7 @@ class FakeCupy:
             runtime=runtime,
             Device=lambda number=0: SimpleNamespace(id=number, synchronize=self._synchronise),
             Stream=lambda non_blocking=False: Stream(self.device),
+            get_current_stream=lambda: Stream(self.device),
         )
 
     def ElementwiseKernel(self, *arguments: Any, **named: Any) -> ElementwiseKernel:
