@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,14 @@ def test_batches(backend: Backend, sampling: Any, rows: int, size: int) -> None:
         assert ((everything >= 0) & (everything < rows)).all()
     else:
         np.testing.assert_array_equal(np.sort(everything), np.arange(rows))
+
+
+@pytest.mark.parametrize("sampling", ["shuffled", "replacement"])
+def test_every_epoch_has_an_order_of_its_own(sampling: Any) -> None:
+    epochs = [order(sampling, 0, epoch, 50, 8).tolist() for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert order(sampling, 1, 0, 50, 8).tolist() != epochs[0]
+    assert order(sampling, 0, 0, 50, 8).tolist() == epochs[0]
 
 
 def test_replacement_draws_all_rows_alike() -> None:
@@ -396,7 +405,14 @@ def test_no_pickle(tiny_config: Tiny, tmp_path: Path) -> None:
 
 
 def test_gather_writes_into_its_output() -> None:
-    backend = NumpyBackend()
-    out = np.zeros((2, 3), np.float32)
-    backend.gather(np.arange(12, dtype=np.float32).reshape(4, 3), np.array([2, 0]), out)
-    np.testing.assert_array_equal(out, [[6, 7, 8], [0, 1, 2]])
+    """And makes no array on the way, as NumPy's take does unless it is told to clip."""
+    backend, rows = NumpyBackend(), np.arange(9999, -1, -1)
+    table, out = np.arange(30_000, dtype=np.float32).reshape(-1, 3), np.zeros((10_000, 3), np.float32)
+    tracemalloc.start()
+    try:
+        backend.gather(table, rows, out)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(out, table[::-1])
+    assert peak < 10_000

@@ -82,6 +82,24 @@ def test_batch_gradient_is_the_sum_of_the_rows(backend: Backend, loss_name: str)
     assert objective.mean_loss() == pytest.approx(loss_of_all, rel=1e-14)
 
 
+def test_update_takes_the_mean_of_the_rows(backend: Backend) -> None:
+    """One step on four rows moves the weights by the mean of what each row alone moves them by."""
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.standard_normal((4, 4)), rng.standard_normal((4, 3))
+
+    def moved(rows: slice) -> np.ndarray:
+        network = filled(Network([4, 3], ["tanh"], backend=backend, dtype="float64"))
+        before = backend.to_host(network.parameters).copy()
+        optimizer = Optimizer(registry.update("sgd"), network, lambda step: 0.5)
+        Step(Objective(network, registry.loss("squared_error"), 4), optimizer)(
+            batch_of(backend, inputs[rows], targets[rows])
+        )
+        return backend.to_host(network.parameters) - before
+
+    singly = np.mean([moved(slice(k, k + 1)) for k in range(4)], axis=0)
+    np.testing.assert_allclose(moved(slice(0, 4)), singly, rtol=1e-12, atol=1e-15)
+
+
 def test_update_of_a_short_batch_is_its_own_mean(backend: Backend) -> None:
     """A last batch of 3 rows moves the weights as a network with batch size 3 would."""
     moved = []
