@@ -224,6 +224,38 @@ def update_kernel(name: str, text: str, state: tuple[str, ...], scalars: tuple[s
 # The backend -----------------------------------------------------------------------------------------------
 
 
+class Scalars:
+    """A few numbers on the device that the host changes from step to step, without waiting for the device.
+
+    They are copied from pinned memory, a row a change, because a copy from other memory would wait. A row is written
+    again only when the copies of its half of the rows have been made, which is hundreds of steps later.
+    """
+
+    ROWS = 512
+
+    def __init__(self, count: int, dtype: np.dtype[Any]) -> None:
+        self._memory = cupy.cuda.alloc_pinned_memory(self.ROWS * count * dtype.itemsize)
+        self._rows = np.frombuffer(self._memory, dtype, self.ROWS * count).reshape(self.ROWS, count)
+        self._rows.fill(np.nan)
+        self._row = -1
+        self._copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]  # of each half
+        self.device = cupy.empty(count, dtype)
+
+    def set(self, values: Sequence[float]) -> Array:
+        """The device array, with these values; nothing is copied where they are the last ones."""
+        wanted = np.array(values, self._rows.dtype)
+        if np.array_equal(wanted, self._rows[self._row]):
+            return self.device
+        self._row = (self._row + 1) % self.ROWS
+        half, place = divmod(self._row, self.ROWS // 2)
+        if place == 0:  # all rows of the other half are on their way: wait for this one's last time round
+            self._copied[1 - half].record()
+            self._copied[half].synchronize()
+        self._rows[self._row] = wanted
+        self.device.data.copy_from_host_async(self._rows[self._row].ctypes.data, self.device.nbytes)
+        return self.device
+
+
 class CupyBackend:
     """Arrays in the memory of one CUDA device."""
 
@@ -234,7 +266,7 @@ class CupyBackend:
         properties = cupy.cuda.runtime.getDeviceProperties(self._device.id)
         self.device = properties["name"].decode()
         self._partial: dict[tuple[int, Any], Array] = {}
-        self._scalars: dict[tuple[int, Any], tuple[np.ndarray, Array]] = {}
+        self._scalars: dict[tuple[int, Any], Scalars] = {}
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return cupy.zeros(shape, dtype)
@@ -319,7 +351,11 @@ class CupyBackend:
         scalars: Mapping[str, float],
         n_decayed: int,
     ) -> None:
-        device_scalars = self._on_device((scale, *(scalars[name] for name in record.scalar_names)), parameters.dtype)
+        values = (scale, *(scalars[name] for name in record.scalar_names))
+        key = (len(values), parameters.dtype)
+        if key not in self._scalars:
+            self._scalars[key] = Scalars(*key)
+        device_scalars = self._scalars[key].set(values)
         kernel = update_kernel(record.name, record.update.cuda, record.state, record.scalar_names)
         kernel(device_scalars, gradients, n_decayed, parameters, *state)
 
@@ -342,15 +378,3 @@ class CupyBackend:
         partial = self._partial[key]
         chunk_sums_kernel()(x, rows, columns, chunks, partial)
         return partial, chunks
-
-    def _on_device(self, values: tuple[float, ...], dtype: Any) -> Array:
-        """A small device array with these values; copied only when they differ from the last ones."""
-        key = (len(values), dtype)
-        wanted = np.array(values, dtype)
-        if key not in self._scalars:
-            self._scalars[key] = (wanted, cupy.asarray(wanted))
-        host, device = self._scalars[key]
-        if not np.array_equal(host, wanted):
-            device.set(wanted)
-            self._scalars[key] = (wanted, device)
-        return device

@@ -34,17 +34,23 @@ class Device:
 
     Args:
         dry: nothing runs; for whoever only wants to know which kernels are called.
+        lazy: a call runs only when somebody waits for the device, as late as on a real one it might.
 
     Attributes:
         order: in which the threads of a kernel run; a right kernel gives the same whatever the order.
         counts: allocations, host copies, synchronisations, device copies and launches so far.
         recording: the calls of the capture in progress, None where there is none.
         kernels: those that were called so far.
+        given, done: how many calls the device was given, and has run.
     """
 
-    def __init__(self, order: Order = "forward", *, dry: bool = False) -> None:
+    def __init__(self, order: Order = "forward", *, dry: bool = False, lazy: bool = False) -> None:
         self.order = order
         self._dry = dry
+        self._lazy = lazy
+        self._waiting: list[Callable[[], None]] = []
+        self._pinned: list[np.ndarray] = []
+        self.given = self.done = 0
         self.kernels: list[Kernel] = []
         self.counts: Counter[str] = Counter()
         self.recording: list[Callable[[], None]] | None = None
@@ -55,14 +61,26 @@ class Device:
         self.counts["launches"] += 1
         if self.recording is not None:
             self.recording.append(call)
-        elif not self._dry:
+            return
+        self.given += 1
+        if not self._dry:
+            self._waiting.append(call)
+        if not self._lazy:
+            self._run()
+
+    def _run(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for call in waiting:
             call()
+        self.done = self.given
 
     def uncapturable(self, *what: str) -> None:
         """Counts things that a graph cannot hold, and refuses them during a capture."""
         self.counts.update(what)
         if self.recording is not None:
             raise CaptureError(f"{' and '.join(what)} during a capture")
+        if "synchronisations" in what:
+            self._run()
 
     def thread_order(self, threads: int) -> np.ndarray:
         if self.order == "forward":
@@ -72,6 +90,24 @@ class Device:
     def empty(self, shape: Any, dtype: Any, order: str = "C") -> ndarray:
         self.uncapturable("allocations")
         return ndarray(self, *_guarded(shape, np.dtype(dtype), order))
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        """Host memory that the device copies from by itself."""
+        self.uncapturable("allocations")
+        self._pinned.append(np.full(nbytes, POISON, np.uint8))
+        return self._pinned[-1]
+
+    def copy_from_pinned(self, array: ndarray, address: int, nbytes: int) -> None:
+        """A copy that the host does not wait for: it reads the host's memory when its turn comes.
+
+        A graph can hold one, but each replay would read what then stands there: refused during a capture.
+        """
+        starts = [(memory, address - memory.ctypes.data) for memory in self._pinned]
+        found = [memory[start : start + nbytes] for memory, start in starts if 0 <= start <= memory.nbytes - nbytes]
+        if not found or nbytes > array.nbytes:
+            raise ValueError("an asynchronous copy from memory that is not pinned, or beyond its end")
+        self.uncapturable("asynchronous copies")
+        self.launch(lambda: np.copyto(array.host.reshape(-1).view(np.uint8)[:nbytes], found[0]))
 
     def from_host(self, host: np.ndarray) -> ndarray:
         self.uncapturable("host copies", "synchronisations")
@@ -176,6 +212,10 @@ class ndarray:
         return self._view(new)
 
     @property
+    def data(self) -> MemoryPointer:
+        return MemoryPointer(self)
+
+    @property
     def T(self) -> ndarray:
         return self._view(self.host.T)
 
@@ -206,3 +246,13 @@ class ndarray:
         """Raises OutOfBoundsError where the guard zones of this array's memory were written."""
         if (self.memory[:GUARD_BYTES] != POISON).any() or (self.memory[-GUARD_BYTES:] != POISON).any():
             raise OutOfBoundsError(f"{kernel} wrote beside an array of shape {self.shape}")
+
+
+class MemoryPointer:
+    """A stand-in for the memory of a contiguous array."""
+
+    def __init__(self, array: ndarray) -> None:
+        self._array = array
+
+    def copy_from_host_async(self, address: int, nbytes: int) -> None:
+        self._array.device.copy_from_pinned(self._array, address, nbytes)

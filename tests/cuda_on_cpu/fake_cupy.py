@@ -32,12 +32,15 @@ class FakeCupy:
     Args:
         order: in which the threads of a kernel run.
         dry: nothing runs.
+        lazy: a call runs only when somebody waits for the device.
         gemm_in_capture: whether `cublas.gemm` may be captured. CuPy refuses it, although CUDA does not.
     """
 
-    def __init__(self, order: Order = "forward", *, gemm_in_capture: bool = False, dry: bool = False) -> None:
+    def __init__(
+        self, order: Order = "forward", *, gemm_in_capture: bool = False, dry: bool = False, lazy: bool = False
+    ) -> None:
         codegen.require()
-        self.device = Device(order, dry=dry)
+        self.device = Device(order, dry=dry, lazy=lazy)
         self._gemm_in_capture = gemm_in_capture
         self.cublas = SimpleNamespace(gemm=self._gemm)
         runtime = SimpleNamespace(
@@ -51,6 +54,8 @@ class FakeCupy:
             Device=lambda number=0: SimpleNamespace(id=number, synchronize=self._synchronise),
             Stream=lambda non_blocking=False: Stream(self.device),
             get_current_stream=lambda: Stream(self.device),
+            Event=lambda disable_timing=False: Event(self.device),
+            alloc_pinned_memory=self.device.pinned,
         )
 
     def ElementwiseKernel(self, *arguments: Any, **named: Any) -> ElementwiseKernel:
@@ -142,6 +147,21 @@ class Stream:
 
     def synchronize(self) -> None:
         self._device.uncapturable("synchronisations")
+
+
+class Event:
+    """A place in the order of what the device was given, to wait for. One that was not recorded is passed."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._place = 0
+
+    def record(self) -> None:
+        self._place = self._device.given
+
+    def synchronize(self) -> None:
+        if self._device.done < self._place:
+            self._device.uncapturable("synchronisations")
 
 
 class Graph:
