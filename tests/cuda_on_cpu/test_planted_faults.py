@@ -222,7 +222,7 @@ def test_what_a_capture_cannot_hold() -> None:
 
 
 def test_a_step_that_sends_new_scalars_cannot_be_captured() -> None:
-    """adam's corrections change with every step, and are sent with a copy that waits."""
+    """adam's corrections change with every step, and are sent from memory that will be written again."""
     cupy = FakeCupy(gemm_in_capture=True)
     b = cupy_backend_module(cupy).CupyBackend()
     step, batch = make_step(b, "squared_error", "adam"), make_batch(b, "squared_error", 8)
