@@ -1,5 +1,5 @@
 # gpu_bp with CuPy on NVIDIA's CUDA base image. Build: docker build -t gpu-bp .
-# The base image has no CUDA libraries but the runtime's stubs: the cuda13 extra brings cuBLAS and NVRTC as wheels.
+# The base image is small, without cuBLAS and NVRTC: the cuda13 extra brings these as wheels.
 FROM nvidia/cuda:13.0.2-base-ubuntu24.04
 
 RUN apt-get update \

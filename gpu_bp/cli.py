@@ -108,16 +108,11 @@ def train(
         result = train_run(parsed, backend=chosen, run=run, watch=watch(console), interrupted=signals.interrupted)
     for name, metrics in _splits(result.summary):
         console.print(_sentence(name, metrics), markup=False, soft_wrap=True)
-    stopped = result.summary["stopped"] == "interrupted"
-    if stopped:
+    if signals.number:
         console.print(f"interrupted at step {result.summary['steps']}; what was trained is saved", markup=False)
-    else:
-        from gpu_bp.report import draw
-
-        pictures = draw(RunFolder(result.folder), result.model, load_data(parsed))
-        console.print("pictures: " + ", ".join(str(path) for path in pictures), markup=False, soft_wrap=True)
+    console.print("pictures: " + ", ".join(str(path) for path in result.pictures), markup=False, soft_wrap=True)
     console.print(f"run folder: {result.folder}", markup=False, soft_wrap=True)
-    return 128 + signals.number if stopped else 0
+    return 128 + signals.number if signals.number else 0
 
 
 @app.command()

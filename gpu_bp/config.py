@@ -17,6 +17,7 @@ from gpu_bp.spec import Activation, FusedLoss, Loss, Record, RowActivation, Upda
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**15)]
+Width = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Rows = Annotated[int, Field(ge=0, le=10**15)]
 Scaling = Literal["none", "standardise", "max-abs"]
 
@@ -65,9 +66,7 @@ class Encoder(DataSection):
     """The identity on unit vectors, through fewer hidden units."""
 
     kind: Literal["encoder"]
-    size: Annotated[int, Field(ge=2, le=10**15)] = Field(
-        8, description="length of the patterns, and how many there are"
-    )
+    size: Annotated[int, Field(ge=2, le=10**6)] = Field(8, description="length of the patterns, and how many there are")
     rows: Count | None = Field(None, description="training rows; by default each pattern once")
 
 
@@ -76,8 +75,8 @@ class Linear(DataSection):
 
     kind: Literal["linear"]
     rows: Count = Field(1000, description="training rows")
-    n_inputs: Count = Field(8, description="inputs a row")
-    n_targets: Count = Field(1, description="targets a row")
+    n_inputs: Width = Field(8, description="inputs a row")
+    n_targets: Width = Field(1, description="targets a row")
     noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.1, description="its standard deviation")
     scaling: Scaling = Field("none", description="of the inputs, fitted to the training rows")
 
@@ -224,7 +223,7 @@ Phis = Annotated[
 class NetworkSection(Section):
     """The layers."""
 
-    hidden: list[Count] = Field([], description="units of each hidden layer; none: a single layer")
+    hidden: list[Width] = Field([], description="units of each hidden layer; none: a single layer")
     activation: Phis = Field(
         [ActivationChoice(kind="tanh")], description="of the hidden layers: one for all, or a list of one a layer"
     )

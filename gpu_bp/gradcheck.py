@@ -43,7 +43,7 @@ class Worst:
 
     @property
     def passed(self) -> bool:
-        return self.error <= TOLERANCE
+        return self.checked > 0 and self.error <= TOLERANCE
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "index": list(self.index), "passed": self.passed}

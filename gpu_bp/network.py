@@ -122,6 +122,8 @@ class Network:
             {f"layers.{k}.weights": (widths[k + 1], widths[k]) for k in range(n_layers)},
             {f"layers.{k}.biases": (widths[k + 1],) for k in range(n_layers) if biases},
         )
+        if self.layout.size > 2**48:
+            raise MemoryError(f"a network of {self.layout.size:.1e} parameters")
         self.parameters = self.backend.zeros((self.layout.size,), self.dtype)
         named = self.layout.views(self.parameters)
         self.layers = [
@@ -187,7 +189,8 @@ class Network:
         for layer, signal in zip(self.layers, signals, strict=True):
             self.backend.matmul(y, layer.weights, signal.net_input, transpose_b=True)  # V = Y_prev W.T, b to come
             if isinstance(loss, FusedLoss) and layer is self.layers[-1]:
-                self.backend.activate(IDENTITY, signal.net_input, layer.biases, signal.net_input)  # V += b
+                if layer.biases is not None:
+                    self.backend.activate(IDENTITY, signal.net_input, layer.biases, signal.net_input)  # V += b
             else:
                 self.backend.activate(
                     layer.activation, signal.net_input, layer.biases, signal.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,12 @@ Lines = Iterable[dict[str, Any] | None]
 
 @dataclass(frozen=True)
 class Result:
-    """What a training gives: its summary (as in summary.json), its model, and its folder."""
+    """What a training gives: its summary (as in summary.json), its model, its folder, and the pictures in it."""
 
     summary: dict[str, Any]
     model: Model
     folder: Path
+    pictures: list[Path]
 
 
 def train(
@@ -34,6 +36,7 @@ def train(
     *,
     backend: str | Backend = "auto",
     run: str | Path | None = None,
+    pictures: bool = True,
     watch: Callable[[Trainer, Lines], Lines] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Result:
@@ -43,6 +46,7 @@ def train(
         config: a `Config`, nested tables as in a config file, or the path of one.
         backend: "auto", "numpy", "cupy", or a backend.
         run: the run folder; by default `runs/NAME-TIME`.
+        pictures: whether to draw them.
         watch: is given the trainer and its steps to pass on, such as through a progress bar.
         interrupted: asked after every step; yes ends the training, with everything written.
 
@@ -55,8 +59,7 @@ def train(
         config = parse_config(config)
     elif not isinstance(config, Config):
         raise TypeError(f"config must be a Config, nested tables or a path, not {type(config).__name__}")
-    if isinstance(backend, str):
-        backend, _ = select(backend)
+    backend = _backend(backend)
     path = Path(run) if run is not None else None
     if path:
         RunFolder.refuse_used(path)  # before the data are read; the folder is made once all else is well
@@ -85,7 +88,12 @@ def train(
         **evaluated,
     }
     folder.write_summary(summary)
-    return Result(summary, trainer.model, folder.path)
+    drawn: list[Path] = []
+    if pictures:
+        from gpu_bp.report import draw  # late: it takes matplotlib along
+
+        drawn = draw(folder, trainer.model, trainer.dataset)
+    return Result(summary, trainer.model, folder.path, drawn)
 
 
 def evaluate(run: str | Path, *, backend: str | Backend = "auto") -> dict[str, dict[str, Any]]:
@@ -94,8 +102,7 @@ def evaluate(run: str | Path, *, backend: str | Backend = "auto") -> dict[str, d
     Raises:
         UserError: not a run folder, or its data are gone.
     """
-    if isinstance(backend, str):
-        backend, _ = select(backend)
+    backend = _backend(backend)
     folder = RunFolder.open(Path(run))
     model, config = Model.load(folder.model_file, backend), folder.config()
     dataset, loss = load_data(config, model.preparation), config.loss.record()
@@ -109,3 +116,12 @@ def evaluate(run: str | Path, *, backend: str | Backend = "auto") -> dict[str, d
         source = ResidentSource(backend, split.inputs, split.targets, model.network.dtype)
         result[name] = Evaluator(model.network, loss, dataset.task, source)()
     return result
+
+
+def _backend(backend: str | Backend) -> Backend:
+    """A backend by name; which one `auto` took, and why, is logged."""
+    if not isinstance(backend, str):
+        return backend
+    chosen, why = select(backend)
+    logging.getLogger("gpu_bp").info(why)
+    return chosen

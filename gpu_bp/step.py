@@ -37,11 +37,16 @@ class Objective:
         reduced = isinstance(loss, FusedLoss) and loss.per_row
         self._losses = network.backend.zeros((batch_size, 1 if reduced else network.widths[-1]), network.dtype)
         self._parts: dict[int, tuple[list[Signals], Array]] = {batch_size: (self.signals, self._losses)}
+        self._checked: set[tuple[object, ...]] = set()
         self.total = network.backend.zeros((1,), np.float64)
         self.rows = 0
 
     def forward(self, batch: Batch) -> Array:
         """The outputs for a batch; adds its loss to `total` and leaves the output layer's delta."""
+        signature = (batch.inputs.shape, batch.targets.shape, batch.inputs.dtype, batch.targets.dtype)
+        if signature not in self._checked:
+            self._check(batch)
+            self._checked.add(signature)
         signals, losses = self._part(batch.n)
         last, phi = signals[-1], self.network.layers[-1].activation
         backend = self.network.backend
@@ -61,6 +66,19 @@ class Objective:
         self.total.fill(0)
         self.rows = 0
         return mean
+
+    def _check(self, batch: Batch) -> None:
+        """Raises ValueError where a batch does not fit: a kernel would broadcast it, or read beyond its end."""
+        widths, dtype = self.network.widths, self.network.dtype
+        inputs, targets = batch.inputs, batch.targets
+        if inputs.shape != (batch.n, widths[0]) or inputs.dtype != dtype:
+            raise ValueError(f"inputs must be (rows, {widths[0]}) {dtype}, not {inputs.shape} {inputs.dtype}")
+        if batch.n > len(self._losses):
+            raise ValueError(f"a batch of {batch.n} rows; the arrays were made for {len(self._losses)}")
+        classes = self.loss.targets == "classes" and targets.shape == (batch.n,) and targets.dtype == np.int64
+        if not classes and (targets.shape != (batch.n, widths[-1]) or targets.dtype != dtype):
+            wanted = f"(rows, {widths[-1]}) {dtype}" + (", or (rows,) int64" if self.loss.targets == "classes" else "")
+            raise ValueError(f"targets must be {wanted}, not {targets.shape} {targets.dtype}")
 
     def _part(self, n: int) -> tuple[list[Signals], Array]:
         """The arrays for n rows: views of the full ones, kept, for the shorter last batch of an epoch."""

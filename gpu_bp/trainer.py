@@ -73,7 +73,7 @@ class Trainer:
     """One training.
 
     Attributes:
-        model: the network as it is now, and the preparation of its data.
+        dataset: its data. model: the network as it is now, and the preparation of its data.
         total_steps: how many steps the whole training has. steps, rows: how many were taken, and their rows.
         stopped: why it ended before its length ("" where it did not).
     """
@@ -83,6 +83,7 @@ class Trainer:
         train, loss = config.train, config.loss.record()
         network = build_network(config, dataset, backend)
         self.config = config
+        self.dataset = dataset
         self.model = Model(network, dataset.preparation)
         sources = {
             name: ResidentSource(backend, split.inputs, split.targets, network.dtype)

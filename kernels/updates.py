@@ -139,7 +139,7 @@ _ADAM_SCALARS = ("step_size", "rest1", "beta2", "rest2", "root", "epsilon")
 _ADAM_PARAMETERS = {
     "beta1": Parameter(0.9, "[0, 1)"),
     "beta2": Parameter(0.999, "[0, 1)"),
-    "epsilon": Parameter(1e-8, "(0, inf)"),
+    "epsilon": Parameter(1e-8, "[1e-30, inf)"),  # less may be 0 in float32, and 0 / 0 where there is no gradient
 }
 
 adam = Update(

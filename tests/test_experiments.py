@@ -21,13 +21,12 @@ pytestmark = pytest.mark.slow
 
 def runs(backend: Backend, folder: Path, name: str, seeds: int, *overrides: str) -> list[dict[str, Any]]:
     """The summaries of a config's trainings with seeds 0 to seeds - 1."""
-    path = ROOT / f"configs/{name}.toml"
-    return [
-        gpu_bp.train(
-            gpu_bp.load_config(path, [*overrides, f"seed={seed}"]), backend=backend, run=folder / str(seed)
-        ).summary
-        for seed in range(seeds)
-    ]
+    summaries = []
+    for seed in range(seeds):
+        config = gpu_bp.load_config(ROOT / f"configs/{name}.toml", [*overrides, f"seed={seed}"])
+        result = gpu_bp.train(config, backend=backend, run=folder / str(seed), pictures=False)
+        summaries.append(result.summary)
+    return summaries
 
 
 @pytest.mark.parametrize(("distance", "most"), [(-4, 2), (-5, 6)])

@@ -89,6 +89,12 @@ def test_kinks_are_stepped_around(backend: Backend) -> None:
     assert worst.passed
 
 
+def test_what_was_not_compared_did_not_pass(backend: Backend) -> None:
+    network = Network([2, 2], ["relu"], biases=False, backend=backend, dtype="float64")
+    (worst,) = check_gradients(network, registry.loss("squared_error"), np.ones((1, 2)), np.zeros((1, 2)))
+    assert (worst.checked, worst.skipped, worst.passed) == (0, 4, False)
+
+
 def test_float32_is_refused(backend: Backend) -> None:
     network = Network([2, 1], ["tanh"], backend=backend)
     with pytest.raises(ValueError, match="float64"):

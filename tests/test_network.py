@@ -82,6 +82,27 @@ def test_batch_gradient_is_the_sum_of_the_rows(backend: Backend, loss_name: str)
     assert objective.mean_loss() == pytest.approx(loss_of_all, rel=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("loss_name", "inputs", "targets", "message"),
+    [
+        ("squared_error", np.ones((4, 5)), np.ones((4, 3)), r"inputs must be \(rows, 4\) float64, not \(4, 5\)"),
+        ("squared_error", np.ones((4, 4), np.float32), np.ones((4, 3)), "float64, not .* float32"),
+        ("squared_error", np.ones((4, 4)), np.ones((4, 1)), r"targets must be \(rows, 3\) float64, not \(4, 1\)"),
+        ("squared_error", np.ones((4, 4)), np.ones(3), r"targets must be .* not \(3,\)"),
+        ("squared_error", np.ones((9, 4)), np.ones((9, 3)), "a batch of 9 rows; the arrays were made for 8"),
+        ("cross_entropy", np.ones((4, 4)), np.ones(4), r"or \(rows,\) int64, not \(4,\) float64"),
+        ("cross_entropy", np.ones((4, 4)), np.ones(2, int), r"not \(2,\) int64"),
+    ],
+)
+def test_batches_that_do_not_fit(
+    backend: Backend, loss_name: str, inputs: np.ndarray, targets: np.ndarray, message: str
+) -> None:
+    """Refused before a kernel, which would broadcast them, or read beyond their end."""
+    objective = objective_for(backend, loss_name, 8)
+    with pytest.raises(ValueError, match=message):
+        objective.forward(batch_of(backend, inputs, targets))
+
+
 def test_update_takes_the_mean_of_the_rows(backend: Backend) -> None:
     """One step on four rows moves the weights by the mean of what each row alone moves them by."""
     rng = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from gpu_bp.data import load_data
 from gpu_bp.trainer import Trainer, build_network
 
 Tiny = Callable[..., dict[str, Any]]
+train = functools.partial(gpu_bp.train, pictures=False)
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
@@ -30,11 +32,14 @@ def test_run_folder(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None
     run = tmp_path / "run"
     result = gpu_bp.train(tiny_config(), backend=backend, run=run)
     assert sorted(path.name for path in run.iterdir()) == [
+        "boundary.png",
         "config.toml",
+        "curves.png",
         "metrics.jsonl",
         "model.safetensors",
         "summary.json",
     ]
+    assert sorted(result.pictures) == sorted(run.glob("*.png"))
     summary = json.loads((run / "summary.json").read_text())
     assert summary == result.summary
     assert summary["backend"] == backend.name
@@ -58,15 +63,15 @@ def test_run_folder(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None
 
 def test_the_resolved_config_trains_the_same_again(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
     """The same seed gives the same bits; another seed other ones."""
-    first = gpu_bp.train(tiny_config(), backend=backend, run=tmp_path / "a")
-    gpu_bp.train(tmp_path / "a/config.toml", backend=backend, run=tmp_path / "b")
+    first = train(tiny_config(), backend=backend, run=tmp_path / "a")
+    train(tmp_path / "a/config.toml", backend=backend, run=tmp_path / "b")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
-    other = gpu_bp.train(tiny_config(seed=1), backend=backend, run=tmp_path / "c")
+    other = train(tiny_config(seed=1), backend=backend, run=tmp_path / "c")
     assert other.summary["train"] != first.summary["train"]
 
 
 def test_evaluate_repeats_the_summary(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
-    result = gpu_bp.train(tiny_config(), backend=backend, run=tmp_path / "run")
+    result = train(tiny_config(), backend=backend, run=tmp_path / "run")
     again = gpu_bp.evaluate(tmp_path / "run", backend=backend)
     assert again == {name: result.summary[name] for name in ("train", "validation", "test")}
 
@@ -76,7 +81,7 @@ def test_the_training_loss_of_a_line_is_the_mean_since_the_last(
 ) -> None:
     """With a rate so small that nothing moves, it is the loss of the training rows, short last batch and all."""
     config = tiny_config(optimizer={"learning_rate": 1e-30}, train={"epochs": 2, "precision": "float64"})
-    result = gpu_bp.train(config, backend=backend, run=tmp_path / "run")
+    result = train(config, backend=backend, run=tmp_path / "run")
     for line in lines_of(tmp_path / "run"):
         assert line["train_loss"] == pytest.approx(result.summary["train"]["loss"], rel=1e-12)
 
@@ -84,7 +89,7 @@ def test_the_training_loss_of_a_line_is_the_mean_since_the_last(
 def test_log_every(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
     config = tiny_config(train={"epochs": None, "steps": 10, "log_every": 4})
     config["train"].pop("epochs")
-    gpu_bp.train(config, backend=backend, run=tmp_path / "run")
+    train(config, backend=backend, run=tmp_path / "run")
     assert [(line["step"], line["epoch"]) for line in lines_of(tmp_path / "run")] == [(4, 1), (8, 2), (10, 2)]
 
 
@@ -103,13 +108,13 @@ def test_schedules_count_steps(
 ) -> None:
     config = tiny_config(train={"steps": 5, "log_every": 1}, schedule=schedule)
     config["train"].pop("epochs")
-    gpu_bp.train(config, backend=backend, run=tmp_path / "run")
+    train(config, backend=backend, run=tmp_path / "run")
     assert [line["learning_rate"] for line in lines_of(tmp_path / "run")] == pytest.approx(rates)
 
 
 def test_stop_at_errors(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
     config = tiny_config(train={"epochs": 500, "stop_at_errors": 10, "batch_size": 1})
-    summary = gpu_bp.train(config, backend=backend, run=tmp_path / "run").summary
+    summary = train(config, backend=backend, run=tmp_path / "run").summary
     assert summary["stopped"] == "stop_at_errors"
     assert summary["steps"] < 500 * 50
     assert summary["train"]["errors"] <= 10
@@ -120,7 +125,7 @@ def test_stop_at_errors(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> 
 def test_interruption_leaves_a_whole_run(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
     steps = iter(range(100))
     interrupted = lambda: next(steps) == 4  # noqa: E731
-    result = gpu_bp.train(tiny_config(), backend=backend, run=tmp_path / "run", interrupted=interrupted)
+    result = train(tiny_config(), backend=backend, run=tmp_path / "run", interrupted=interrupted)
     assert (result.summary["stopped"], result.summary["steps"]) == ("interrupted", 5)
     assert gpu_bp.evaluate(tmp_path / "run", backend=backend)["test"] == result.summary["test"]
 
@@ -128,7 +133,7 @@ def test_interruption_leaves_a_whole_run(backend: Backend, tiny_config: Tiny, tm
 def test_divergence_is_told(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
     config = tiny_config(optimizer={"learning_rate": 1e6}, train={"epochs": 50}, network={"activation": "identity"})
     with pytest.raises(UserError, match="the training diverged: the loss is (nan|inf) at step"):
-        gpu_bp.train(config, backend=backend, run=tmp_path / "run")
+        train(config, backend=backend, run=tmp_path / "run")
     assert lines_of(tmp_path / "run")[-1]["train_loss"] is None
 
 
@@ -138,7 +143,7 @@ def test_divergence_in_the_last_step_is_told(backend: Backend, tiny_config: Tiny
         optimizer={"learning_rate": 1e39}, train={"epochs": 1, "batch_size": 50}, network={"activation": "identity"}
     )
     with pytest.raises(UserError, match=r"diverged.* at step 1;.*its metrics are in .*metrics\.jsonl"):
-        gpu_bp.train(config, backend=backend, run=tmp_path / "run")
+        train(config, backend=backend, run=tmp_path / "run")
     assert not (tmp_path / "run/model.safetensors").exists()
 
 
@@ -148,11 +153,11 @@ def test_evaluate_keeps_the_preparation_of_the_model(backend: Backend, tiny_conf
     path = tmp_path / "t.csv"
     path.write_text("\n".join(["a,b,y", *rows]) + "\n")
     data = {"kind": "table", "path": str(path), "target_columns": ["y"]}
-    result = gpu_bp.train({**tiny_config(), "data": data}, backend=backend, run=tmp_path / "run")
+    result = train({**tiny_config(), "data": data}, backend=backend, run=tmp_path / "run")
     path.write_text("\n".join(["y,b,a", *(",".join(reversed(row.split(","))) for row in rows)]) + "\n")
     again = gpu_bp.evaluate(tmp_path / "run", backend=backend)
     assert again["train"] == pytest.approx(result.summary["train"], rel=1e-6)
-    other = gpu_bp.train(tiny_config(), backend=backend, run=tmp_path / "other")
+    other = train(tiny_config(), backend=backend, run=tmp_path / "other")
     other.model.save(tmp_path / "run/model.safetensors")
     with pytest.raises(UserError, match="data.kind is table, and the model was trained on another kind"):
         gpu_bp.evaluate(tmp_path / "run", backend=backend)
@@ -161,7 +166,7 @@ def test_evaluate_keeps_the_preparation_of_the_model(backend: Backend, tiny_conf
 def test_stop_at_errors_needs_a_classification(tiny_config: Tiny) -> None:
     config = {**tiny_config(train={"stop_at_errors": 0}), "data": {"kind": "linear"}}
     with pytest.raises(UserError, match="stop_at_errors needs a classification"):
-        gpu_bp.train(config, backend="numpy")
+        train(config, backend="numpy")
 
 
 def test_numbers_beyond_the_precision(tiny_config: Tiny, tmp_path: Path) -> None:
@@ -169,12 +174,12 @@ def test_numbers_beyond_the_precision(tiny_config: Tiny, tmp_path: Path) -> None
     np.save(tmp_path / "d.npy", np.array([1.0, 2.0]))
     data = {"kind": "arrays", "inputs": str(tmp_path / "x.npy"), "targets": str(tmp_path / "d.npy")}
     with pytest.raises(UserError, match=r"inputs, row 1, column 1 .*: -1e\+300 is too large for float32"):
-        gpu_bp.train({**tiny_config(), "data": data}, backend="numpy")
+        train({**tiny_config(), "data": data}, backend="numpy")
 
 
 def test_a_config_of_another_type() -> None:
     with pytest.raises(TypeError, match="config must be"):
-        gpu_bp.train(5)  # type: ignore[arg-type]
+        train(5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -203,18 +208,18 @@ def test_initial_weights(
 
 def test_weights_from_a_file(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
     """A run that starts from another run's model starts with its loss."""
-    first = gpu_bp.train(tiny_config(), backend=backend, run=tmp_path / "a")
+    first = train(tiny_config(), backend=backend, run=tmp_path / "a")
     path = str(tmp_path / "a/model.safetensors")
     config = tiny_config(network={"weights": {"kind": "file", "path": path}}, optimizer={"learning_rate": 1e-30})
-    second = gpu_bp.train(config, backend=backend, run=tmp_path / "b")
+    second = train(config, backend=backend, run=tmp_path / "b")
     assert second.summary["test"] == first.summary["test"]
     save_file({"layers.0.weights": np.zeros((5, 2), np.float32)}, tmp_path / "part.safetensors")
     config["network"]["weights"]["path"] = str(tmp_path / "part.safetensors")
     with pytest.raises(UserError, match="tensor layers.1.weights is missing"):
-        gpu_bp.train(config, backend=backend, run=tmp_path / "c")
+        train(config, backend=backend, run=tmp_path / "c")
     (tmp_path / "part.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="not a safetensors file"):
-        gpu_bp.train(config, backend=backend, run=tmp_path / "c")
+        train(config, backend=backend, run=tmp_path / "c")
     assert not (tmp_path / "c").exists(), "a training that never began leaves no folder"
 
 
@@ -235,7 +240,7 @@ def test_precision(backend: Backend, tiny_config: Tiny) -> None:
 def test_models_are_read_as_they_were_written(backend: Backend, tiny_config: Tiny, tmp_path: Path, loss: str) -> None:
     activation = {"kind": "leaky_relu", "slope": 0.3}
     config = tiny_config(loss={"kind": loss}, network={"activation": activation, "biases": False})
-    model = gpu_bp.train(config, backend=backend, run=tmp_path / "run").model
+    model = train(config, backend=backend, run=tmp_path / "run").model
     again = Model.load(tmp_path / "run/model.safetensors", backend)
     inputs = np.random.default_rng(0).standard_normal((9, 2))
     np.testing.assert_array_equal(again.network.predict(inputs), model.network.predict(inputs))
@@ -263,19 +268,19 @@ def test_run_folders_that_are_refused(tiny_config: Tiny, tmp_path: Path) -> None
     (tmp_path / "used").mkdir()
     (tmp_path / "used/file").touch()
     with pytest.raises(UserError, match="used is not empty"):
-        gpu_bp.train(tiny_config(), backend="numpy", run=tmp_path / "used")
+        train(tiny_config(), backend="numpy", run=tmp_path / "used")
     with pytest.raises(UserError, match="no such folder"):
         gpu_bp.evaluate(tmp_path / "none")
     with pytest.raises(UserError, match=r"is not a run folder: it has no config\.toml"):
         gpu_bp.evaluate(tmp_path / "used")
     with pytest.raises(UserError, match="is a file"):
-        gpu_bp.train(tiny_config(), backend="numpy", run=tmp_path / "used/file")
+        train(tiny_config(), backend="numpy", run=tmp_path / "used/file")
     with pytest.raises(NotADirectoryError):
-        gpu_bp.train(tiny_config(), backend="numpy", run=tmp_path / "used/file/run")
+        train(tiny_config(), backend="numpy", run=tmp_path / "used/file/run")
 
 
 def test_default_run_folders_do_not_collide(tiny_config: Tiny, in_tmp: Path) -> None:
-    folders = {gpu_bp.train(tiny_config(), backend="numpy").folder for _ in range(3)}
+    folders = {train(tiny_config(), backend="numpy").folder for _ in range(3)}
     assert len(folders) == 3
     assert all(folder.parent == Path("runs") and folder.name.startswith("tiny-") for folder in folders)
 
@@ -283,4 +288,4 @@ def test_default_run_folders_do_not_collide(tiny_config: Tiny, in_tmp: Path) -> 
 def test_a_loss_that_needs_more_outputs(tiny_config: Tiny) -> None:
     config = {**tiny_config(loss={"kind": "cross_entropy"}), "data": {"kind": "xor"}}
     with pytest.raises(UserError, match=r"loss\.kind: cross_entropy needs at least 2 outputs, the targets give 1"):
-        gpu_bp.train(config, backend="numpy")
+        train(config, backend="numpy")

@@ -1,7 +1,7 @@
 """What a backend does: hold arrays on a device, multiply matrices, and run the formulas of the records.
 
 Arrays are C-contiguous and of one floating dtype, float32 or float64; rows are samples. Everything is
-written into arrays that the caller owns. Shapes are the caller's promise, kept in `step.py`.
+written into arrays that the caller owns. Shapes and dtypes are the caller's promise: `step.py` checks them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The CuPy backend: cuBLAS for the products, one kernel for each formula. The only importer of cupy.
 
-The kernels are built from the CUDA text of the records, each when first used, and kept by that text. Every
-call writes into arrays that the caller owns; nothing waits for the device but `to_host`.
+The kernels are built from the CUDA text of the records, each when first used, and kept by that text. What a step
+calls writes into arrays that the caller owns, or into a few small ones that are made once; it does not wait for the
+device.
 """
 
 from __future__ import annotations
@@ -227,8 +228,8 @@ def update_kernel(name: str, text: str, state: tuple[str, ...], scalars: tuple[s
 class Scalars:
     """A few numbers on the device that the host changes from step to step, without waiting for the device.
 
-    They are copied from pinned memory, a row a change, because a copy from other memory would wait. A row is written
-    again only when the copies of its half of the rows have been made, which is hundreds of steps later.
+    They are copied from pinned memory, a row a change: from other memory CUDA may wait. A row is written again only
+    when the copies of its half of the rows have been made; the host waits only where it is hundreds of changes ahead.
     """
 
     ROWS = 512

@@ -70,6 +70,8 @@ def load_data(config: Config, preparation: Preparation | None = None) -> Dataset
 
 def _generate(data: Data, seed: int, n: int) -> Rows:
     """The first n rows of a synthetic set: training, validation and test rows in this order."""
+    if n * getattr(data, "n_inputs", 1) * getattr(data, "n_targets", 1) > 2**48:
+        raise MemoryError(f"{n:.1e} rows of data")
     match data:
         case DoubleMoon():
             return synthetic.double_moon(seed, 0, n, radius=data.radius, width=data.width, distance=data.distance)

@@ -117,10 +117,14 @@ class Batches:
         self.size = min(batch_size, source.n_rows)
         self.per_epoch = steps_per_epoch(source.n_rows, self.size)
         self._arrays = source.empty(self.size)
+        self._rows: Array | None = None  # of the epoch in progress, on the device
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch; each is valid until the next is asked for."""
-        rows = self._backend.to_device(order(self._sampling, self._seed, epoch, self._source.n_rows, self.size))
+        if self._rows is None or self._sampling != "ordered":
+            new = order(self._sampling, self._seed, epoch, self._source.n_rows, self.size)
+            self._rows = self._backend.to_device(new)
+        rows = self._rows
         for start in range(0, len(rows), self.size):
             part = rows[start : start + self.size]
             n = len(part)
