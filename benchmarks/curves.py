@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from gpu_bp import Trainer, load_config
+from gpu_bp import Config, Trainer, load_config
 from gpu_bp.backends import Backend
 from gpu_bp.config import TableData
 
@@ -15,16 +16,16 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = tuple(sorted((ROOT / "configs").glob("*.toml")))
 STEPS = 500
 
-# How far two curves may be apart: the largest difference of a step's loss, relative to the largest loss of the
-# curve. On a CPU, float32 differs from float64 by 1e-7 (encoder) to 1.2e-5 (xor) over these steps, which is float32's
-# own rounding, magnified by training; two right backends in float32 may differ by as much, and 1e-4 leaves room for
-# other orders of summation. In float64 the same magnification of 1e-16 stays far below 1e-9.
+# How far two curves may be apart. In float64: at each step, relative to its loss. In float32: relative to the largest
+# loss of the curve, because a row that is met almost exactly has a loss of a few roundings. On a CPU float32 differs
+# from float64 by 1e-7 (encoder) to 1.2e-5 (xor) so measured, which is float32's own rounding, magnified by training;
+# two right backends in float32 may differ by as much, and 1e-4 leaves room for other orders of summation.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two loss curves of a config. `difference` is None where its data are not here, for the `reason`."""
+    """Two loss curves of a config. `difference` is None where they could not be compared, for the `reason`."""
 
     config: str
     precision: str
@@ -34,14 +35,29 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        return self.difference is None or self.difference <= TOLERANCES[self.precision]
+        return self.difference is not None and self.difference <= TOLERANCES[self.precision]
 
 
-def curve(config: Path, precision: str, backend: Backend, steps: int, overrides: tuple[str, ...] = ()) -> np.ndarray:
+def find_bikes() -> Path | None:
+    """hour.csv of UCI Bike Sharing: under $GPU_BP_DATA, in data/, or in shared/data/ beside the repository."""
+    named = [Path(os.environ["GPU_BP_DATA"])] if "GPU_BP_DATA" in os.environ else []
+    folders = [*named, ROOT / "data", ROOT.parent / "shared" / "data"]
+    return next((path for folder in folders if (path := folder / "bike-sharing/hour.csv").is_file()), None)
+
+
+def read(path: Path, precision: str) -> Config:
+    """A config with a line of metrics at every step, its data where they are, and no end before its length."""
+    overrides = [f"train.precision={precision}", "train.log_every=1"]
+    if path.stem == "bike-sharing" and (bikes := find_bikes()):
+        overrides.append(f"data.path={bikes}")
+    config = load_config(path, overrides)
+    return config.model_copy(update={"train": config.train.model_copy(update={"stop_at_errors": None})})
+
+
+def curve(config: Config, backend: Backend, steps: int) -> np.ndarray:
     """The training loss of each of the first steps: (steps,)."""
-    everything = [*overrides, f"train.precision={precision}", "train.log_every=1"]
     losses: list[float] = []
-    for line in Trainer(load_config(config, everything), backend).run():
+    for line in Trainer(config, backend).run():
         if line is not None:
             losses.append(line["train_loss"])
         if len(losses) == steps:
@@ -49,14 +65,14 @@ def curve(config: Path, precision: str, backend: Backend, steps: int, overrides:
     return np.array(losses)
 
 
-def compare(
-    config: Path, precision: str, backends: tuple[Backend, Backend], steps: int = STEPS, overrides: tuple[str, ...] = ()
-) -> Comparison:
-    """Trains the first steps on both backends."""
-    data = load_config(config, overrides).data
-    if isinstance(data, TableData) and not Path(data.path).is_file():
-        return Comparison(config.stem, precision, 0, None, f"no file {data.path}")
-    one, two = (curve(config, precision, backend, steps, overrides) for backend in backends)
-    if len(one) != len(two):
-        return Comparison(config.stem, precision, min(len(one), len(two)), float("inf"), "one curve is longer")
-    return Comparison(config.stem, precision, len(one), float(np.abs(one - two).max() / np.abs(two).max()))
+def compare(path: Path, precision: str, backends: tuple[Backend, Backend], steps: int = STEPS) -> Comparison:
+    """Trains the first steps on both backends. Whatever goes wrong is the reason of the comparison."""
+    try:
+        config = read(path, precision)
+        if isinstance(config.data, TableData) and not Path(config.data.path).is_file():
+            return Comparison(path.stem, precision, 0, None, f"not run: no file {config.data.path}")
+        one, two = (curve(config, backend, steps) for backend in backends)
+        scale = np.abs(two) if precision == "float64" else np.abs(two).max()
+        return Comparison(path.stem, precision, len(two), float((np.abs(one - two) / scale).max()))
+    except Exception as error:  # a report of everything else is worth more than a traceback
+        return Comparison(path.stem, precision, 0, None, f"{type(error).__name__}: {error}")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, bike_sharing
+from cuda_on_cpu.backend import cupy_on_cpu
 
 from benchmarks import curves, gpu_check, step
 from gpu_bp.backends import Backend, NumpyBackend
@@ -14,45 +18,66 @@ from gpu_bp.backends import Backend, NumpyBackend
 NO_RESULT = "No result from a real device exists yet."
 
 
-def run(backend: Backend, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
-    """Its exit status and its page, for the first steps of the configs on this backend."""
+def run(backend: Backend, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, list[dict[str, Any]]]:
+    """Its exit status, its page, and the curves of its report, for the first steps of the configs on this backend."""
     monkeypatch.setattr(gpu_check, "select", lambda name: (backend, "as asked"))
-    arguments = ["--only-curves", "--curve-steps", "5", "--out", str(folder), "--bikes", str(folder / "none.csv")]
-    return gpu_check.main(arguments), (folder / "README.md").read_text()
-
-
-def test_curves_agree(backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    status, page = run(backend, tmp_path, monkeypatch)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert status == 0
-    assert len(report["curves"]) == 2 * len(curves.CONFIGS)
-    assert {c["steps"] for c in report["curves"] if c["difference"] is not None} == {5}
-    assert "no file" in page, "data that are not here are told"
+    status = gpu_check.main(["--only-curves", "--curve-steps", "5", "--out", str(folder)])
+    report = json.loads((folder / "report.json").read_text())
     assert report["versions"]["device"]
+    return status, (folder / "README.md").read_text(), report["curves"]
 
 
-def test_curves_that_differ_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = NumpyBackend()
-    monkeypatch.setattr(backend, "hidden_delta", lambda *arguments: None)
-    status, page = run(backend, tmp_path, monkeypatch)
+@pytest.mark.kernels
+def test_curves_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bike_sharing()
+    status, _, found = run(cupy_on_cpu(), tmp_path, monkeypatch)
+    assert status == 0
+    assert len(found) == 2 * len(curves.CONFIGS)
+    assert {c["steps"] for c in found} == {5}
+
+
+def test_data_that_are_not_here_do_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "find_bikes", lambda: None)
+    status, page, found = run(NumpyBackend(), tmp_path, monkeypatch)
     assert status == 1
-    assert "too far apart" in page
+    assert "not run: no file" in page
+    assert [c["config"] for c in found if not c["passed"]] == ["bike-sharing"] * 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda *arguments: None, "does not pass"),
+        (lambda self, activation, delta, *rest: delta.fill(np.nan), "diverged"),
+        (lambda *arguments: [][1], "IndexError"),
+    ],
+)
+def test_whatever_fails_is_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None], message: str
+) -> None:
+    """Curves that differ, that end, and a backend that raises."""
+
+    class Broken(NumpyBackend):
+        hidden_delta = fault
+
+    status, page, found = run(Broken(), tmp_path, monkeypatch)
+    assert status == 1
+    assert message in page
+    assert not all(c["passed"] for c in found)
+
+
+def test_the_suite_is_run_and_its_outcomes_kept() -> None:
+    tests = gpu_check.run_tests("numpy", 100, "not slow and not kernels", "tests/test_random.py")
+    assert tests["passed"] == len(tests["outcomes"]) > 5
+    assert (tests["failed"], tests["trouble"]) == (0, "")
+    assert gpu_check.run_tests("numpy", 0.01, "not slow", "tests/test_random.py")["trouble"].startswith("stopped after")
+    assert "no tests ran" in gpu_check.run_tests("numpy", 100, "slow", "tests/test_random.py")["trouble"]
 
 
 def test_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpu_bp.backends._cupy", lambda: (None, "planted"))
     assert gpu_check.main([]) == 2
     assert "planted" in capsys.readouterr().err
-
-
-def test_outcomes(tmp_path: Path) -> None:
-    cases = '<testcase classname="a" name="x"/><testcase classname="a" name="y"><failure/></testcase>'
-    cases += (
-        '<testcase classname="a" name="z"><skipped/></testcase><testcase classname="b" name="x"><error/></testcase>'
-    )
-    (tmp_path / "junit.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-    outcomes = gpu_check.read_outcomes(tmp_path / "junit.xml")
-    assert outcomes == {"a::x": "passed", "a::y": "failed", "a::z": "skipped", "b::x": "failed"}
 
 
 def test_step_benchmark(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
