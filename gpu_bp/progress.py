@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gpu_bp.runs import Lines
 from gpu_bp.trainer import Trainer
 
-INTERVAL = 1.0  # seconds between two plain lines; the bar is looked at ten times as often
+INTERVAL = 0.5  # seconds between two plain lines, and between two looks of the bar at the training
 
 
 def watch(console: Console) -> Any:
@@ -66,12 +66,12 @@ def _bar(console: Console) -> Any:
             bar = progress.add_task("", total=trainer.total_steps, loss="-", speed="-")
             begin = looked = time.monotonic()
             for line in steps:
-                if line is not None:
-                    progress.update(bar, loss=f"{line['train_loss']:.4g}")
                 now = time.monotonic()
-                if now - looked > 0.1 * INTERVAL:
+                if now - looked > INTERVAL or trainer.steps == trainer.total_steps:
                     looked = now
-                    progress.update(bar, completed=trainer.steps, speed=f"{trainer.rows / (now - begin):,.0f}")
+                    loss = line["train_loss"] if line else trainer.running_loss()
+                    speed = trainer.rows / (now - begin)
+                    progress.update(bar, completed=trainer.steps, loss=f"{loss:.4g}", speed=f"{speed:,.0f}")
                 yield line
             progress.update(bar, completed=trainer.steps)
 

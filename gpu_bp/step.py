@@ -60,11 +60,12 @@ class Objective:
         """The gradient of the batch's summed loss, into `gradients`; after `forward` of the same batch."""
         self.network.backward(batch.inputs, self._part(batch.n)[0], self._gradient_layers)
 
-    def mean_loss(self) -> float:
-        """The mean loss a row since this was last read. Waits for the device."""
+    def mean_loss(self, *, reset: bool = True) -> float:
+        """The mean loss a row since this was last read, or only looked at (`reset=False`). Waits for the device."""
         mean = float(self.network.backend.to_host(self.total)[0]) / self.rows if self.rows else float("nan")
-        self.total.fill(0)
-        self.rows = 0
+        if reset:
+            self.total.fill(0)
+            self.rows = 0
         return mean
 
     def _check(self, batch: Batch) -> None:

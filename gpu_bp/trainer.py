@@ -137,6 +137,10 @@ class Trainer:
                         break
                 epoch += 1
 
+    def running_loss(self) -> float:
+        """The mean training loss since the last line, NaN where there was no step. Waits for the device."""
+        return self._step.objective.mean_loss(reset=False)
+
     def evaluate(self) -> dict[str, dict[str, Any]]:
         """The loss and the task's metrics on each split that has rows.
 

@@ -86,6 +86,19 @@ def test_the_training_loss_of_a_line_is_the_mean_since_the_last(
         assert line["train_loss"] == pytest.approx(result.summary["train"]["loss"], rel=1e-12)
 
 
+def test_running_loss(backend: Backend, tiny_config: Tiny) -> None:
+    """Looked at between two lines, it changes nothing of the next."""
+    one, other = (Trainer(parse_config(tiny_config()), backend) for _ in range(2))
+    looked, lines = [], []
+    for line in one.run():
+        looked += [one.running_loss()] if line is None else []
+        lines += [line["train_loss"]] if line else []
+    assert len(looked) == 12
+    assert all(0 < loss < 10 for loss in looked)
+    assert math.isnan(one.running_loss()), "after the last line there was no step"
+    assert lines == [line["train_loss"] for line in other.run() if line]
+
+
 def test_log_every(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
     config = tiny_config(train={"epochs": None, "steps": 10, "log_every": 4})
     config["train"].pop("epochs")
