@@ -21,7 +21,7 @@ import numpy as np
 from gpu_bp import registry
 from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.errors import UserError
-from gpu_bp.spec import Activation, Array, FusedLoss, Loss, RowActivation
+from gpu_bp.spec import Activation, Array, Loss, RowActivation
 
 # Every named array begins at a multiple of this many elements: of 128 bytes or more, one memory transaction.
 ALIGNMENT = 32
@@ -168,9 +168,9 @@ class Network:
         for layer in self.layers:
             shape = (rows, len(layer.weights))
             phi = layer.activation
-            fused = isinstance(loss, FusedLoss) and layer is self.layers[-1]
-            in_place = isinstance(phi, Activation) and phi.derivative_from == "output" and not fused
-            in_place = in_place and not keep_net_inputs
+            in_place = isinstance(phi, Activation) and phi.derivative_from == "output"
+            if keep_net_inputs or (loss and loss.starts_from_net_input and layer is self.layers[-1]):
+                in_place = False
             net_input = self._zeros(shape)
             output = net_input if in_place else self._zeros(shape)
             has_delta = backward or (loss is not None and layer is self.layers[-1])
@@ -188,7 +188,7 @@ class Network:
         y = inputs
         for layer, signal in zip(self.layers, signals, strict=True):
             self.backend.matmul(y, layer.weights, signal.net_input, transpose_b=True)  # V = Y_prev W.T, b to come
-            if isinstance(loss, FusedLoss) and layer is self.layers[-1]:
+            if loss and loss.starts_from_net_input and layer is self.layers[-1]:
                 if layer.biases is not None:
                     self.backend.activate(IDENTITY, signal.net_input, layer.biases, signal.net_input)  # V += b
             else:

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
@@ -136,6 +136,7 @@ class Loss(Record):
 
     targets: Literal["real", "unit", "classes"]
     least_outputs: int = 1
+    starts_from_net_input: ClassVar[bool] = False  # the loss computes y itself, so v must be kept
 
     def n_outputs(self, n_targets: int) -> int:
         """The width of the output layer for targets of that width (for "classes": that many classes).
@@ -150,17 +151,21 @@ class Loss(Record):
             )
         return n_targets
 
+    def losses_width(self, n_outputs: int) -> int:
+        """How many loss values a row has: one an output, or one in all where the loss reduces the row."""
+        return n_outputs
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FreeLoss(Loss):
     """A loss of (y, d), element by element, that goes with any output activation.
 
-    `gradient` computes the value and dE/dy together. CUDA: sets `loss` and `e`; twin `(y, d, loss, e, s,
+    `error_signal` computes the value and dE/dy together. CUDA: sets `loss` and `e`; twin `(y, d, loss, e, s,
     **parameters)`. The output delta is `e * phi'(v)`, by the activation's own `delta`.
     `kinks` are the values of y - d at which a derivative jumps.
     """
 
-    gradient: Twin
+    error_signal: Twin
     kinks: Callable[..., tuple[float, ...]] = _no_kinks
 
 
@@ -176,6 +181,10 @@ class FusedLoss(Loss):
     output_activation: str
     delta: Twin
     per_row: bool = False
+    starts_from_net_input: ClassVar[bool] = True
+
+    def losses_width(self, n_outputs: int) -> int:
+        return 1 if self.per_row else n_outputs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

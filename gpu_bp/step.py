@@ -10,7 +10,7 @@ import numpy as np
 from gpu_bp.data.batches import Batch
 from gpu_bp.network import Network, Signals
 from gpu_bp.optimizer import Optimizer
-from gpu_bp.spec import Array, FusedLoss, Loss
+from gpu_bp.spec import Array, Loss
 
 
 class Objective:
@@ -34,8 +34,7 @@ class Objective:
         self.gradients = network.backend.zeros((network.layout.size if backward else 0,), network.dtype)
         self._gradient_layers = network.views(self.gradients) if backward else []
         self.signals = network.signals(batch_size, loss, backward=backward, keep_net_inputs=keep_net_inputs)
-        reduced = isinstance(loss, FusedLoss) and loss.per_row
-        self._losses = network.backend.zeros((batch_size, 1 if reduced else network.widths[-1]), network.dtype)
+        self._losses = network.backend.zeros((batch_size, loss.losses_width(network.widths[-1])), network.dtype)
         self._parts: dict[int, tuple[list[Signals], Array]] = {batch_size: (self.signals, self._losses)}
         self._checked: set[tuple[object, ...]] = set()
         self.total = network.backend.zeros((1,), np.float64)

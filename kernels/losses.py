@@ -27,7 +27,7 @@ squared_error = FreeLoss(
     name="squared_error",
     source="Haykin, Neural Networks and Learning Machines, 3rd ed., chapter 4",
     targets="real",
-    gradient=Twin("const T r = y - d; loss = T(0.5) * r * r; e = r;", _squared_error),
+    error_signal=Twin("const T r = y - d; loss = T(0.5) * r * r; e = r;", _squared_error),
 )
 
 
@@ -44,7 +44,7 @@ mean_absolute_error = FreeLoss(
     name="mean_absolute_error",
     source="Laplace (1774)",
     targets="real",
-    gradient=Twin(
+    error_signal=Twin(
         # the last branch is 0 for an exact hit and keeps a NaN
         "const T r = y - d; loss = fabs(r); e = r > T(0) ? T(1) : (r < T(0) ? T(-1) : r);",
         _absolute_error,
@@ -69,7 +69,7 @@ huber = FreeLoss(
     source="Huber (1964)",
     parameters={"threshold": Parameter(1.0, "(0, inf)")},
     targets="real",
-    gradient=Twin(
+    error_signal=Twin(
         "const T r = y - d; e = clamp(r, -threshold, threshold); loss = e * (r - T(0.5) * e);",
         _huber,
     ),

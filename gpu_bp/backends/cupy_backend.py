@@ -327,7 +327,7 @@ class CupyBackend:
         assert isinstance(activation, Activation)
         kernel = free_loss_kernel(
             f"{loss.name}_{activation.name}",
-            loss.gradient.cuda,
+            loss.error_signal.cuda,
             tuple(loss.values),
             activation.delta.cuda,
             tuple(activation.values),

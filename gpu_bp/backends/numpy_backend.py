@@ -97,7 +97,7 @@ class NumpyBackend:
             else:
                 assert isinstance(loss, FreeLoss)
                 assert isinstance(activation, Activation)
-                loss.gradient.numpy(y, d, values, e, scratch, **loss.values)
+                loss.error_signal.numpy(y, d, values, e, scratch, **loss.values)
                 x = y if activation.derivative_from == "output" else v
                 activation.delta.numpy(e, x, e, scratch, **activation.values)
 

@@ -252,7 +252,7 @@ def element_kernels(module: Any) -> dict[str, tuple[Any, tuple[float, ...]]]:
             if not loss.per_row:
                 kernels[loss.name] = module.fused_loss_kernel(loss.name, loss.delta.cuda, tuple(loss.values)), values
         else:
-            gradient = FREE_LOSSES[loss.name].gradient.cuda
+            gradient = FREE_LOSSES[loss.name].error_signal.cuda
             text = ACTIVATIONS["tanh"].delta.cuda
             kernel = module.free_loss_kernel(f"{loss.name}_tanh", gradient, tuple(loss.values), text, ())
             kernels[loss.name] = kernel, values
