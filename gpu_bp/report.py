@@ -1,4 +1,7 @@
-"""Pictures of a run. matplotlib is imported here alone, and only when something is drawn."""
+"""Pictures of a run. matplotlib is imported here alone, and only when something is drawn.
+
+Legends have a fixed place: to look for the best one can be slow, and matplotlib warns when it is.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ def _curves(folder: RunFolder) -> Path:
             top.yaxis.set_minor_formatter(NullFormatter())  # the decades are labels enough
     top.set_ylabel("mean loss of a row")
     top.grid(alpha=0.3)
-    top.legend()
+    top.legend(loc="upper right")
     bottom.plot(steps, [line["learning_rate"] for line in lines], color="tab:gray", marker=marker, linewidth=1.2)
     bottom.set_ylabel("learning rate")
     bottom.set_ylim(bottom=0)
@@ -99,7 +102,7 @@ def _boundary(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
         classes = np.unique(label)
         names = [task.classes[k] if task.classes else str(k) for k in classes]
         handles = [Line2D([], [], marker="o", linestyle="", color=dots.cmap(float(k) / 9)) for k in classes]
-        axis.legend(handles, names)
+        axis.legend(handles, names, loc="upper right")
     else:
         level = {"sign": 0.0, "half": 0.5}.get(task.decision)
         field = outputs[:, 0].reshape(300, 300)
@@ -148,7 +151,7 @@ def _predictions(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
     if targets.shape[1] > 1:
         series.set_title(f"the first of {targets.shape[1]} targets")
     series.grid(alpha=0.3)
-    series.legend()
+    series.legend(loc="upper right")
     ends = [min(wanted.min(), predicted.min()), max(wanted.max(), predicted.max())]
     cross.plot(ends, ends, color="black", linewidth=0.8)
     cross.scatter(wanted, predicted, s=6, alpha=0.5, edgecolors="none")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -15,6 +16,10 @@ from benchmarks.curves import find_bikes
 from gpu_bp.backends import Backend, select
 
 ROOT = Path(__file__).parents[1]
+# No deadlines: a busy machine is no failure.
+hypothesis.settings.register_profile("gpu_bp", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("gpu_bp")
+
 # cupy-on-cpu is the CuPy backend on a stand-in for CuPy, its kernels compiled by g++: see cuda_on_cpu/.
 BACKENDS = ("numpy", "cupy-on-cpu", "cupy")
 LEFT_OUT = pytest.StashKey[dict[str, str]]()
