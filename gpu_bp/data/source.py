@@ -1,0 +1,112 @@
+"""Where rows come from, and what they are put into.
+
+reader -> source -> batch: a `Reader` gives rows as they stand in a file, a `Source` gives them as the network sees
+them (scaled, targets coded for the loss), written into the arrays of a `Batch`. Rows have numbers, from 0, and any
+range can be asked for at any time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from gpu_bp.data.task import Task
+from gpu_bp.spec import Array
+
+# Rows that are read together where a reader has no wish of its own.
+BLOCK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as a step sees them.
+
+    inputs (n, n_inputs); targets (n, n_targets), or (n,) int64 for class indices; rows (n,) int64, the row
+    numbers in the source.
+    """
+
+    inputs: Array
+    targets: Array
+    rows: Array
+
+    @property
+    def n(self) -> int:
+        return len(self.inputs)
+
+    def part(self, start: int, end: int) -> Batch:
+        """The rows from start to end: views."""
+        return Batch(self.inputs[start:end], self.targets[start:end], self.rows[start:end])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as they stand in a file: inputs (n, n_inputs), and what is wanted of them.
+
+    Either `labels`, (n,) int64 numbers of classes, whose coding is the loss's affair; or `targets`, (n, n_targets).
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+
+class Reader(Protocol):
+    """Rows as they stand in files, by number.
+
+    `classes` names the classes of labels, and is empty where targets are numbers; `n_targets` is then how many a
+    row has (1 for labels). `block_rows` are best read together. `where` the rows come from is said in errors.
+    """
+
+    n_rows: int
+    n_inputs: int
+    n_targets: int
+    classes: tuple[str, ...]
+    block_rows: int
+    where: str
+
+    def read(self, first: int, n: int) -> Rows:
+        """The n rows from number `first` on: finite numbers, of float64 or of float32 where the file has these.
+
+        Raises:
+            UserError: a file is broken there (which, and where in it).
+        """
+
+
+class Source(ABC):
+    """Rows as a network sees them, by number. A source of your own is a subclass with one method, `fill`.
+
+    Args:
+        n_rows: how many there are.
+        n_inputs: numbers a row has as inputs.
+        n_targets: numbers a row has as targets; with `indexed`, how many classes there are.
+        task: what is asked of the network.
+        indexed: targets are class indices (n,) int64, as for loss cross_entropy, and not numbers (n, n_targets).
+        block_rows: rows that are best asked for together; 1 where any rows come as fast as consecutive ones.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        n_inputs: int,
+        n_targets: int,
+        task: Task,
+        *,
+        indexed: bool = False,
+        block_rows: int = BLOCK_ROWS,
+    ) -> None:
+        self.n_rows = n_rows
+        self.n_inputs = n_inputs
+        self.n_targets = n_targets
+        self.task = task
+        self.indexed = indexed
+        self.block_rows = block_rows
+
+    @abstractmethod
+    def fill(self, rows: Array, batch: Batch) -> None:
+        """Writes the rows of these numbers, (n,) int64, into batch.inputs and batch.targets.
+
+        A pure function of the row numbers: whatever else is asked for, and in whatever order, row i is the same.
+        """
