@@ -10,7 +10,10 @@ from gpu_bp.backends import NumpyBackend, select
 from gpu_bp.config import Config
 from gpu_bp.config_file import dump_config, load_config, parse_config
 from gpu_bp.data import Dataset, load_data
-from gpu_bp.data.batches import Batch, Batches, ResidentSource, Source
+from gpu_bp.data.batches import Batches
+from gpu_bp.data.source import Batch, Source
+from gpu_bp.data.sources import ResidentSource
+from gpu_bp.data.task import Task
 from gpu_bp.errors import UserError
 from gpu_bp.gradcheck import check_gradients
 from gpu_bp.model import Model
@@ -37,6 +40,7 @@ __all__ = [
     "Signals",
     "Source",
     "Step",
+    "Task",
     "Trainer",
     "UserError",
     "check_gradients",

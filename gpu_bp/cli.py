@@ -165,8 +165,8 @@ def check(
     dataset = load_data(parsed)
     backend, _ = select("numpy")
     network = build_network(parsed, dataset, backend, dtype="float64")
-    split = dataset.splits["train"]
-    results = check_gradients(network, parsed.loss.record(), split.inputs[:rows], split.targets[:rows])
+    split = dataset.rows("train", 0, rows)
+    results = check_gradients(network, parsed.loss.record(), split.inputs, split.targets)
     passed = all(worst.passed for worst in results)
     if as_json:
         _print_json({"passed": passed, "tolerance": TOLERANCE, "arrays": [worst.to_json() for worst in results]})

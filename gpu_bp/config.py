@@ -8,109 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from gpu_bp import registry
+from gpu_bp.config_data import Data
+from gpu_bp.config_types import Count, Finite, Positive, Rows, Section, Width
 from gpu_bp.errors import UserError
 from gpu_bp.spec import Activation, FusedLoss, Loss, Record, RowActivation, Update
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=10**15)]
-Width = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Rows = Annotated[int, Field(ge=0, le=10**15)]
-Scaling = Literal["none", "standardise", "max-abs"]
-
-
-class Section(BaseModel):
-    """A table of a config file: unknown keys and wrong types are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-# data --------------------------------------------------------------------------------------------------------
-
-
-class DataSection(Section):
-    """What every kind of data has. For tables and arrays, these rows are taken from the end, test last."""
-
-    validation_rows: Rows = Field(0, description="rows kept for validation")
-    test_rows: Rows = Field(0, description="rows kept for the test")
-
-
-class DoubleMoon(DataSection):
-    """Two half rings facing each other, to be told apart (Haykin)."""
-
-    kind: Literal["double-moon"]
-    rows: Count = Field(1000, description="training rows")
-    radius: Positive = Field(10.0, description="mean radius of a ring")
-    width: Positive = Field(6.0, description="width of a ring")
-    distance: Finite = Field(-4.0, description="vertical distance between the rings; negative: they interlock")
-    scaling: Scaling = Field("max-abs", description="of the inputs, fitted to the training rows")
-
-    @model_validator(mode="after")
-    def _ring(self) -> DoubleMoon:
-        if self.width > 2 * self.radius:
-            raise ValueError("data.width must be at most twice data.radius")
-        return self
-
-
-class Xor(DataSection):
-    """Exclusive or of two binary inputs."""
-
-    kind: Literal["xor"]
-    rows: Count = Field(4, description="training rows; the four patterns, again and again")
-
-
-class Encoder(DataSection):
-    """The identity on unit vectors, through fewer hidden units."""
-
-    kind: Literal["encoder"]
-    size: Annotated[int, Field(ge=2, le=10**6)] = Field(8, description="length of the patterns, and how many there are")
-    rows: Count | None = Field(None, description="training rows; by default each pattern once")
-
-
-class Linear(DataSection):
-    """A linear function of normal inputs, with normal noise."""
-
-    kind: Literal["linear"]
-    rows: Count = Field(1000, description="training rows")
-    n_inputs: Width = Field(8, description="inputs a row")
-    n_targets: Width = Field(1, description="targets a row")
-    noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.1, description="its standard deviation")
-    scaling: Scaling = Field("none", description="of the inputs, fitted to the training rows")
-
-
-class TableData(DataSection):
-    """A csv file with a header."""
-
-    kind: Literal["table"]
-    path: str = Field(description="the csv file, relative to the working folder")
-    target_columns: Annotated[list[str], Field(min_length=1)] = Field(description="what is to be predicted")
-    drop_columns: list[str] = Field([], description="columns that are not inputs")
-    categorical_columns: list[str] = Field([], description="columns that become one input a category (or the class)")
-    standardise_columns: list[str] | None = Field(
-        None, description="numeric columns to standardise; by default all, the targets too"
-    )
-
-
-class ArrayData(DataSection):
-    """A pair of .npy files."""
-
-    kind: Literal["arrays"]
-    inputs: str = Field(description="the .npy file of the inputs (rows, n_inputs), relative to the working folder")
-    targets: str = Field(description="the .npy file of the targets (rows, n_targets), or (rows,) of class indices")
-    n_classes: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="for class indices; by default the largest of the training rows plus 1"
-    )
-    scaling: Scaling = Field("none", description="of the inputs, fitted to the training rows")
-
-
-Data = Annotated[
-    DoubleMoon | Xor | Encoder | Linear | TableData | ArrayData,
-    Field(discriminator="kind"),
-]
-
 
 # network ---------------------------------------------------------------------------------------------------
 

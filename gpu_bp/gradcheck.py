@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from gpu_bp.data.batches import Batch
+from gpu_bp.data.source import Batch
 from gpu_bp.network import Network
-from gpu_bp.registry import Purpose, permutation
+from gpu_bp.registry import Permutations, Purpose
 from gpu_bp.spec import Activation, FreeLoss, Loss
 from gpu_bp.step import Objective
 
@@ -72,7 +72,8 @@ def check_gradients(
     gradient = network.layout.views(point.gradient())
     results = []
     for k, (name, offset) in enumerate(network.layout.offsets.items()):
-        entries = np.sort(permutation(seed, Purpose.CHECK, k, gradient[name].size)[:most])
+        size = gradient[name].size
+        entries = np.sort(Permutations.of(seed, Purpose.CHECK, size, k)(np.arange(min(size, most)))[0])
         numeric = np.array([point.central_difference(offset + int(entry)) for entry in entries])
         results.append(_worst(name, gradient[name], entries, *numeric.T))
     return sorted(results, key=lambda worst: worst.layer)

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 from gpu_bp import registry
 from gpu_bp.backends import Backend
-from gpu_bp.data.batches import cast
 from gpu_bp.data.preparation import Preparation
+from gpu_bp.data.sources import put
 from gpu_bp.errors import UserError
 from gpu_bp.initial import read_tensors
 from gpu_bp.network import Network
@@ -80,7 +80,9 @@ class Model:
 
         Regression: the outputs in raw units. Classification: `class`, then an output or probability a class.
         """
-        inputs = cast(self.preparation.read(path), self.network.dtype, str(path))
+        raw = self.preparation.read(path)
+        inputs = np.empty(raw.shape, self.network.dtype)
+        put(raw, inputs, str(path))
         outputs = self.network.predict(inputs)
         task, names = self.preparation.task, self.preparation.output_names(outputs.shape[1])
         if task.kind == "regression":

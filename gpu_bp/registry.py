@@ -12,8 +12,9 @@ from gpu_bp.spec import Activation, Loss, Record, RowActivation, Update
 
 try:
     from gpu_bp.kernels import activations, losses, updates
-    from gpu_bp.kernels.functions import CUDA_FUNCTIONS
-    from gpu_bp.kernels.random import Purpose, normals, permutation, uniforms
+    from gpu_bp.kernels.functions import CUDA_FUNCTIONS, sincospi
+    from gpu_bp.kernels.random import CUDA_FILL_NORMALS, CUDA_FILL_UNIFORMS, CUDA_RANDOM, Purpose, normals, uniforms
+    from gpu_bp.kernels.shuffle import CUDA_SHUFFLE, Permutations
 except ModuleNotFoundError as error:  # kernels/ becomes gpu_bp.kernels on installation
     if not (error.name or "").startswith("gpu_bp.kernels"):
         raise
@@ -23,14 +24,19 @@ except ModuleNotFoundError as error:  # kernels/ becomes gpu_bp.kernels on insta
 
 __all__ = [
     "ACTIVATIONS",
+    "CUDA_FILL_NORMALS",
+    "CUDA_FILL_UNIFORMS",
     "CUDA_FUNCTIONS",
+    "CUDA_RANDOM",
+    "CUDA_SHUFFLE",
     "LOSSES",
     "UPDATES",
+    "Permutations",
     "Purpose",
     "activation",
     "loss",
     "normals",
-    "permutation",
+    "sincospi",
     "uniforms",
     "update",
 ]

@@ -81,10 +81,10 @@ def _boundary(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
     """The network's output over the plane of its two inputs, with the decision boundary and the points."""
     from matplotlib.lines import Line2D
 
-    name = "test" if "test" in dataset.splits else "train"
-    split = dataset.splits[name]
-    preparation, targets = dataset.preparation, split.targets[:POINTS]
-    points = preparation.raw_inputs(split.inputs[:POINTS])
+    name = "test" if "test" in dataset.sources else "train"
+    split = dataset.rows(name, 0, POINTS)
+    preparation, targets = dataset.preparation, split.targets
+    points = preparation.raw_inputs(split.inputs)
     low, high = points.min(axis=0), points.max(axis=0)
     margin = np.where(high > low, 0.1 * (high - low), 1.0)
     x, y = (np.linspace(a, b, 300) for a, b in zip(low - margin, high + margin, strict=True))
@@ -125,7 +125,7 @@ def _boundary(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
         )
     wrong = ""
     if task.kind == "classification":
-        errors = int(task.wrong(model.network.predict(split.inputs[:POINTS]), targets).sum())
+        errors = int(task.wrong(model.network.predict(split.inputs), targets).sum())
         wrong = f": {errors} of {len(points)} wrong"
     axis.set_title(f"{name} rows{wrong}")
     axis.set_xlabel(preparation.input_names()[0])
@@ -135,9 +135,10 @@ def _boundary(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
 
 def _predictions(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
     """Targets and predictions in raw units: the last rows in their order, and all against each other."""
-    name = next(name for name in ("test", "validation", "train") if name in dataset.splits)
-    split, preparation = dataset.splits[name], dataset.preparation
-    inputs, targets = split.inputs[-POINTS:], split.targets[-POINTS:]
+    name = next(name for name in ("test", "validation", "train") if name in dataset.sources)
+    n_rows, preparation = dataset.sources[name].n_rows, dataset.preparation
+    split = dataset.rows(name, max(0, n_rows - POINTS))
+    inputs, targets = split.inputs, split.targets
     predicted = preparation.raw_outputs(model.network.predict(inputs))[:, 0]
     wanted = preparation.raw_outputs(targets)[:, 0]
     label = preparation.output_names(targets.shape[1])[0]
@@ -146,7 +147,7 @@ def _predictions(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
     marker = "o" if last < 3 else ""
     for values, what, colour in ((wanted, "target", "tab:gray"), (predicted, "predicted", "tab:blue")):
         series.plot(np.arange(last), values[-last:], label=what, color=colour, linewidth=1.2, marker=marker)
-    series.set_xlabel(f"the {'last ' if last < len(split.inputs) else ''}{last} {name} rows")
+    series.set_xlabel(f"the {'last ' if last < n_rows else ''}{last} {name} rows")
     series.set_ylabel(label)
     if targets.shape[1] > 1:
         series.set_title(f"the first of {targets.shape[1]} targets")

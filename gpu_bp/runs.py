@@ -11,12 +11,13 @@ from typing import Any
 from gpu_bp.backends import Backend, select
 from gpu_bp.config import Config
 from gpu_bp.config_file import load_config, parse_config
-from gpu_bp.data import load_data
-from gpu_bp.data.batches import ResidentSource
+from gpu_bp.data import Dataset, load_data, own_data
+from gpu_bp.data.source import Source
+from gpu_bp.data.sources import settle
 from gpu_bp.errors import UserError
 from gpu_bp.model import Model
 from gpu_bp.run_folder import RunFolder
-from gpu_bp.trainer import Evaluator, Trainer
+from gpu_bp.trainer import Trainer, evaluators
 
 Lines = Iterable[dict[str, Any] | None]
 
@@ -34,6 +35,7 @@ class Result:
 def train(
     config: Config | Mapping[str, Any] | str | Path,
     *,
+    sources: Mapping[str, Source] | None = None,
     backend: str | Backend = "auto",
     run: str | Path | None = None,
     pictures: bool = True,
@@ -44,6 +46,7 @@ def train(
 
     Args:
         config: a `Config`, nested tables as in a config file, or the path of one.
+        sources: of data of kind "own", by the name of the split: "train", and perhaps "validation" and "test".
         backend: "auto", "numpy", "cupy", or a backend.
         run: the run folder; by default `runs/NAME-TIME`.
         pictures: whether to draw them.
@@ -63,7 +66,8 @@ def train(
     path = Path(run) if run is not None else None
     if path:
         RunFolder.refuse_used(path)  # before the data are read; the folder is made once all else is well
-    trainer = Trainer(config, backend)
+    trainer = Trainer(config, backend, _dataset(config, sources))
+    logging.getLogger("gpu_bp").info(trainer.where_data)
     folder = RunFolder.create(config, path)
     steps: Lines = trainer.run(interrupted)
     try:
@@ -80,6 +84,7 @@ def train(
         "backend": backend.name,
         "device": backend.device,
         "precision": config.train.precision,
+        "data": trainer.where_data.removeprefix("data: "),
         "steps": trainer.steps,
         "rows": trainer.rows,
         "seconds": trainer.seconds,
@@ -105,17 +110,24 @@ def evaluate(run: str | Path, *, backend: str | Backend = "auto") -> dict[str, d
     backend = _backend(backend)
     folder = RunFolder.open(Path(run))
     model, config = Model.load(folder.model_file, backend), folder.config()
-    dataset, loss = load_data(config, model.preparation), config.loss.record()
+    dataset = load_data(config, model.preparation, backend=backend)
     if [dataset.n_inputs, dataset.n_targets] != [model.network.widths[0], model.network.widths[-1]]:
         raise UserError(
             f"{folder.model_file} takes {model.network.widths[0]} inputs and gives {model.network.widths[-1]} outputs; "
             f"the data of {folder.config_file} have {dataset.n_inputs} inputs and {dataset.n_targets} targets"
         )
-    result = {}
-    for name, split in dataset.splits.items():
-        source = ResidentSource(backend, split.inputs, split.targets, model.network.dtype)
-        result[name] = Evaluator(model.network, loss, dataset.task, source)()
-    return result
+    sources, _ = settle(backend, dataset.sources, config.data.residency, model.network.dtype)
+    made = evaluators(model.network, config.loss.record(), sources)
+    return {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in made.items()}
+
+
+def _dataset(config: Config, sources: Mapping[str, Source] | None) -> Dataset | None:
+    """The data of sources that were given; None where they are to be loaded."""
+    if sources is None:
+        return None
+    if config.data.kind != "own":
+        raise UserError(f"sources are given, so data.kind must be own, not {config.data.kind}")
+    return own_data(sources)
 
 
 def _backend(backend: str | Backend) -> Backend:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpu_bp.data.batches import Batch
+from gpu_bp.data.source import Batch
 from gpu_bp.network import Network, Signals
 from gpu_bp.optimizer import Optimizer
 from gpu_bp.spec import Array, Loss

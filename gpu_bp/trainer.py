@@ -6,7 +6,8 @@ source -> batches -> step: forward -> output delta -> backward -> update -> metr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ import numpy as np
 from gpu_bp.backends import Backend
 from gpu_bp.config import Config, FactorSchedule, LinearSchedule
 from gpu_bp.data import Dataset, load_data
-from gpu_bp.data.batches import Batches, ResidentSource
-from gpu_bp.data.task import Metrics, Task
+from gpu_bp.data.batches import Batches
+from gpu_bp.data.source import Source
+from gpu_bp.data.sources import settle
+from gpu_bp.data.task import Metrics
 from gpu_bp.errors import UserError
 from gpu_bp.initial import initialise
 from gpu_bp.model import Model
@@ -27,6 +30,8 @@ from gpu_bp.step import Objective, Step
 
 # Rows that are evaluated at a time; fixed, so that the same network always gives the same figures.
 EVALUATION_ROWS = 4096
+# Training rows that are evaluated, at most: a pass over all may take as long as the training.
+TRAINING_ROWS = 2**17
 
 
 def build_network(config: Config, dataset: Dataset, backend: Backend, dtype: str | None = None) -> Network:
@@ -51,50 +56,76 @@ def build_network(config: Config, dataset: Dataset, backend: Backend, dtype: str
 
 
 class Evaluator:
-    """The loss and the metrics of a network on a source."""
+    """The loss and the metrics of a network on the first rows of a source: on `rows` of them.
 
-    def __init__(self, network: Network, loss: Loss, task: Task, source: ResidentSource) -> None:
+    Args:
+        most: rows, at most, rounded up to whole blocks of `EVALUATION_ROWS`.
+    """
+
+    def __init__(self, network: Network, loss: Loss, source: Source, most: int | None = None) -> None:
         self._backend = network.backend
-        self._task = task
-        self._batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0)
+        self._task = source.task
+        self._batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype)
         self._objective = Objective(network, loss, self._batches.size, backward=False)
+        self._steps = min(self._batches.per_epoch, -(-(most or source.n_rows) // self._batches.size))
+        self.rows = min(source.n_rows, self._steps * self._batches.size)
 
     def __call__(self) -> dict[str, Any]:
         """`loss`, the mean over the rows, and the task's metrics. Waits for the device."""
         metrics = Metrics(self._task)
         with np.errstate(over="ignore", invalid="ignore"):  # where a loss is not finite, the caller sees it
-            for batch in self._batches.epoch(0):
+            for batch in islice(self._batches.epoch(0), self._steps):
                 outputs = self._objective.forward(batch)
                 metrics.add(self._backend.to_host(outputs), self._backend.to_host(batch.targets))
             return {"loss": self._objective.mean_loss(), **metrics.result()}
+
+
+def evaluators(network: Network, loss: Loss, sources: Mapping[str, Source]) -> dict[str, Evaluator]:
+    """An evaluator for each split; of the training rows the first `TRAINING_ROWS` at most."""
+    return {
+        name: Evaluator(network, loss, source, TRAINING_ROWS if name == "train" else None)
+        for name, source in sources.items()
+    }
 
 
 class Trainer:
     """One training.
 
     Attributes:
-        dataset: its data. model: the network as it is now, and the preparation of its data.
+        dataset: its data. where_data: a line that says how many rows, and where they lie.
+        model: the network as it is now, and the preparation of its data.
         total_steps: how many steps the whole training has. steps, rows: how many were taken, and their rows.
         stopped: why it ended before its length ("" where it did not).
     """
 
     def __init__(self, config: Config, backend: Backend, dataset: Dataset | None = None) -> None:
-        dataset = dataset or load_data(config)
+        dataset = dataset or load_data(config, backend=backend)
         train, loss = config.train, config.loss.record()
         network = build_network(config, dataset, backend)
         self.config = config
         self.dataset = dataset
         self.model = Model(network, dataset.preparation)
-        sources = {
-            name: ResidentSource(backend, split.inputs, split.targets, network.dtype)
-            for name, split in dataset.splits.items()
-        }
-        self._evaluators = {name: Evaluator(network, loss, dataset.task, source) for name, source in sources.items()}
-        self._batches = Batches(backend, sources["train"], train.batch_size, train.sampling, config.seed)
-        self.total_steps = train.steps or (train.epochs or 0) * self._batches.per_epoch
+        data = config.data
+        sources, self.where_data = settle(backend, dataset.sources, data.residency, network.dtype)
+        self._evaluators = evaluators(network, loss, sources)
+        self._batches = Batches(
+            backend,
+            sources["train"],
+            train.batch_size,
+            train.sampling,
+            config.seed,
+            dtype=network.dtype,
+            block_rows=data.block_rows,
+            window_blocks=data.window_blocks,
+        )
+        per_epoch = self._batches.per_epoch
+        self.total_steps = train.steps or (train.epochs or 0) * per_epoch
+        # a line an epoch, and where the rows are seen once, a hundred
+        self._log_every = train.log_every or (
+            per_epoch if self.total_steps > per_epoch else -(-self.total_steps // 100)
+        )
         if train.stop_at_errors is not None and dataset.task.kind == "regression":
             raise UserError("train.stop_at_errors needs a classification, and this is a regression; leave it out")
-        self._log_every = train.log_every or self._batches.per_epoch
         optimizer = Optimizer(config.optimizer.record(), network, _schedule(config, self.total_steps))
         self._step = Step(Objective(network, loss, self._batches.size), optimizer)
         self.steps = self.rows = 0
@@ -147,7 +178,7 @@ class Trainer:
         Raises:
             UserError: the last step has made the loss on the training rows infinite.
         """
-        result = {name: evaluator() for name, evaluator in self._evaluators.items()}
+        result = {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in self._evaluators.items()}
         self._refuse_divergence(result["train"]["loss"])
         return result
 

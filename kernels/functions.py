@@ -1,6 +1,6 @@
 """Functions that several formulas share, for CUDA and for NumPy: stable over the whole range.
 
-(The twin of CUDA's `logistic` is scipy.special.expit.)
+(The twin of CUDA's `logistic` is scipy.special.expit; of its `sinpi` and `cospi`, which CUDA has, `sincospi`.)
 """
 
 import numpy as np
@@ -22,3 +22,19 @@ def clamp(v: np.ndarray, low: float, high: float, out: np.ndarray) -> None:
     """`out` = v held between low and high; a NaN stays one."""
     np.maximum(v, low, out=out)
     np.minimum(out, high, out=out)
+
+
+def sincospi(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """sin(pi x) and cos(pi x), float64, to a few units in the last place even beside their zeros.
+
+    x less the nearest half is exact, and pi times that at most a quarter of pi.
+    """
+    halves = np.rint(2 * x)
+    angle = np.pi * (x - 0.5 * halves)
+    sine, cosine = np.sin(angle), np.cos(angle)
+    quarter = halves.astype(np.int64) & 3
+    odd = (quarter & 1) == 1
+    return (
+        np.where(odd, cosine, sine) * (1 - (quarter & 2)),
+        np.where(odd, sine, cosine) * (1 - ((quarter + 1) & 2)),
+    )

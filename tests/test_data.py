@@ -85,7 +85,7 @@ def test_splits_are_disjoint_rows(tiny_config: Tiny) -> None:
     }
     every = np.concatenate([split.inputs for split in dataset.splits.values()])
     assert len(np.unique(every, axis=0)) == 100
-    train = dataset.splits["train"].inputs
+    train = dataset.rows("train").inputs
     np.testing.assert_allclose(train.mean(axis=0), 0, atol=1e-12)
     np.testing.assert_allclose(np.abs(train).max(axis=0), 1)
 
@@ -108,7 +108,7 @@ def test_targets_are_coded_for_the_loss(
     dataset = load_data(parse_config({**tiny_config(loss={"kind": loss}), "data": {"kind": kind}}))
     assert dataset.task.decision == decision
     if targets is not None:
-        np.testing.assert_array_equal(dataset.splits["train"].targets[:2], targets)
+        np.testing.assert_array_equal(dataset.rows("train").targets[:2], targets)
 
 
 # tasks and metrics -------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_replacement_draws_all_rows_alike() -> None:
 def test_table(tiny_config: Tiny, tmp_path: Path) -> None:
     """Statistics and categories come from the training rows alone, here the first four."""
     dataset = load_table(tiny_config, tmp_path / "t.csv", validation_rows=1, test_rows=1)
-    train, test = dataset.splits["train"], dataset.splits["test"]
+    train, test = dataset.rows("train"), dataset.rows("test")
     sd = np.std([1, 2, 3, 4])
     sizes = (np.array([1, 2, 3, 4]) - 2.5) / sd
     # blue, green, red, then size; weight is constant and so 0
@@ -201,8 +201,8 @@ def test_constant_columns_stay_zero(tiny_config: Tiny, tmp_path: Path, constant:
     """Their computed standard deviation may be a rounding error, which must not blow up the rows that differ."""
     text = "k,x,price\n" + "".join(f"{constant},{k},{k}\n" for k in range(99)) + f"{float(constant) * 2},1,2\n"
     dataset = load_table(tiny_config, tmp_path / "t.csv", text, drop_columns=[], categorical_columns=[], test_rows=1)
-    np.testing.assert_array_equal(dataset.splits["train"].inputs[:, 0], 0)
-    np.testing.assert_allclose(dataset.splits["test"].inputs[0, 0], float(constant), rtol=1e-12)
+    np.testing.assert_array_equal(dataset.rows("train").inputs[:, 0], 0)
+    np.testing.assert_allclose(dataset.rows("test").inputs[0, 0], float(constant), rtol=1e-12)
     inputs = np.full((7, 1), float(constant))
     for scaling in ("standardise", "max-abs"):
         assert fit_scaling(inputs, scaling) == ([float(constant)], [1.0])
@@ -212,7 +212,7 @@ def test_a_categorical_and_a_numeric_target(tiny_config: Tiny, tmp_path: Path) -
     """Each output has its own name and unit."""
     dataset = load_table(tiny_config, tmp_path / "t.csv", target_columns=["colour", "price"])
     assert dataset.preparation.output_names(4) == ["colour=blue", "colour=green", "colour=red", "price"]
-    raw = dataset.preparation.raw_outputs(dataset.splits["train"].targets)
+    raw = dataset.preparation.raw_outputs(dataset.rows("train").targets)
     np.testing.assert_allclose(raw[:2], [[0, 0, 1, 100], [1, 0, 0, 200]])
 
 
@@ -224,7 +224,7 @@ def test_data_of_a_given_preparation(tiny_config: Tiny, tmp_path: Path) -> None:
     lines = [line.split(",") for line in TABLE.split()]
     (tmp_path / "t.csv").write_text("\n".join(",".join(reversed(line)) for line in lines[:4]) + "\n")
     again = load_data(config, dataset.preparation)
-    np.testing.assert_array_equal(again.splits["train"].inputs, dataset.splits["train"].inputs[:3])
+    np.testing.assert_array_equal(again.rows("train").inputs, dataset.rows("train").inputs[:3])
     (tmp_path / "t.csv").write_text("price,size\n1,2\n")
     with pytest.raises(UserError, match="unknown column 'colour'"):
         load_data(config, dataset.preparation)
@@ -232,8 +232,8 @@ def test_data_of_a_given_preparation(tiny_config: Tiny, tmp_path: Path) -> None:
 
 def test_standardise_columns(tiny_config: Tiny, tmp_path: Path) -> None:
     dataset = load_table(tiny_config, tmp_path / "t.csv", standardise_columns=["size"])
-    np.testing.assert_array_equal(dataset.splits["train"].targets[:, 0], [100, 200, 300, 400, 500, 600])
-    np.testing.assert_array_equal(dataset.splits["train"].inputs[:, 4], 10)
+    np.testing.assert_array_equal(dataset.rows("train").targets[:, 0], [100, 200, 300, 400, 500, 600])
+    np.testing.assert_array_equal(dataset.rows("train").inputs[:, 4], 10)
 
 
 def test_table_of_classes(tiny_config: Tiny, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_table_of_classes(tiny_config: Tiny, tmp_path: Path) -> None:
     dataset = load_table(tiny_config, tmp_path / "t.csv", loss="cross_entropy", **data)
     assert dataset.task == Task("argmax", ("blue", "green", "red"))
     assert dataset.n_targets == 3
-    np.testing.assert_array_equal(dataset.splits["train"].targets, [2, 0, 2, 1, 0, 2])
+    np.testing.assert_array_equal(dataset.rows("train").targets, [2, 0, 2, 1, 0, 2])
     one_hot = load_table(tiny_config, tmp_path / "t.csv", **data)
     np.testing.assert_array_equal(one_hot.splits["train"].targets, np.eye(3)[[2, 0, 2, 1, 0, 2]])
 
@@ -330,9 +330,9 @@ def test_arrays(tiny_config: Tiny, tmp_path: Path) -> None:
     x, d = np.arange(12.0).reshape(6, 2), np.arange(6.0)
     dataset = load_arrays(tiny_config, tmp_path, x, d, validation_rows=1, test_rows=2, scaling="standardise")
     assert (dataset.n_inputs, dataset.n_targets, dataset.task.kind) == (2, 1, "regression")
-    np.testing.assert_allclose(dataset.splits["train"].inputs.std(axis=0), 1)
-    np.testing.assert_allclose(dataset.preparation.raw_inputs(dataset.splits["test"].inputs), x[4:])
-    np.testing.assert_array_equal(dataset.splits["validation"].targets, [[3.0]])
+    np.testing.assert_allclose(dataset.rows("train").inputs.std(axis=0), 1)
+    np.testing.assert_allclose(dataset.preparation.raw_inputs(dataset.rows("test").inputs), x[4:])
+    np.testing.assert_array_equal(dataset.rows("validation").targets, [[3.0]])
     classes = load_arrays(tiny_config, tmp_path, x, np.array([0, 1, 2, 0, 1, 2]), "cross_entropy")
     assert (classes.n_targets, classes.task.decision) == (3, "argmax")
     assert load_arrays(tiny_config, tmp_path, x, np.array([0, 1] * 3), "cross_entropy", n_classes=5).n_targets == 5

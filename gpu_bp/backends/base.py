@@ -11,14 +11,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gpu_bp.formula import Program
+from gpu_bp.registry import Permutations, Purpose
 from gpu_bp.spec import Activation, Array, Loss, RowActivation, Update
 
 
 class Backend(Protocol):
-    """A place where networks are trained. `name` and `device` describe it in words."""
+    """A place where networks are trained. `name` and `device` describe it in words.
+
+    `resident_bytes`: as much data is put on the device at once where nobody says otherwise.
+    """
 
     name: str
     device: str
+    resident_bytes: int
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array of zeros on the device."""
@@ -85,3 +91,34 @@ class Backend(Protocol):
 
         A scalar called `weight_decay` acts on the first `n_decayed` parameters alone.
         """
+
+    # random numbers and generated rows
+
+    def uniforms(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
+        """out (n,) float64 = elements start to start + n of a stream, uniform on [0, 1)."""
+
+    def normals(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
+        """out (n,) float64 = elements start to start + n of a stream of standard normals."""
+
+    def generate(self, program: Program, seed: int, first: int, rows: Array, outputs: Sequence[Array]) -> None:
+        """The outputs of a program for the rows first + `rows`, (n,) int64; cast to the outputs' dtypes."""
+
+    def count(self, first: int, out: Array) -> None:
+        """out (n,) int64 = first, first + 1, ..."""
+
+    def permute(self, permutations: Permutations, first: int, out: Array) -> None:
+        """out[k] = the images under permutation k of first, first + 1, ...; out is (permutations, n) int64."""
+
+    # rows that come from the host while the device computes
+
+    def staging(self, array: Array) -> np.ndarray:
+        """Host memory of the same shape to be filled for `upload`: the array itself where the host is the device."""
+
+    def upload(self, host: np.ndarray, array: Array) -> None:
+        """Begins to copy `staging` memory to the device, after all that was asked of it so far; does not wait."""
+
+    def await_uploads(self) -> None:
+        """What is asked of the device from here on comes after all uploads so far; the host does not wait."""
+
+    def finish_uploads(self) -> None:
+        """The host waits until all uploads so far are made, and may fill their staging memory again."""

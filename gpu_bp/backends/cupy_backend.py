@@ -10,12 +10,15 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gpu_bp.registry import CUDA_FUNCTIONS
+from gpu_bp.backends import cuda_kernels as kernels
+from gpu_bp.formula import Program
+from gpu_bp.registry import Permutations, Purpose
 from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, Loss, RowActivation, Update
 
 with warnings.catch_warnings():
@@ -39,7 +42,7 @@ def why_unusable() -> str | None:
         backend = CupyBackend()
         ones, product = backend.to_device(np.ones((2, 2), np.float32)), backend.zeros((2, 2), np.float32)
         backend.matmul(ones, ones, product)
-        computed = backend.to_host(_add_one()(product))
+        computed = backend.to_host(compiled(kernels.add_one())(product))
     except Exception as error:
         return f"the device is there but does not compute: {_first_line(error)}"
     return None if (computed == 3).all() else "the device computes wrong values"
@@ -50,11 +53,6 @@ def _first_line(error: Exception) -> str:
 
 
 @functools.cache
-def _add_one() -> Any:
-    return cupy.ElementwiseKernel("T x", "T y", "y = x + T(1)", "gpu_bp_add_one")
-
-
-@functools.cache
 def cublas() -> Any:
     """The module cupy.cublas, which cupy itself does not import. Late, because to import it loads the library."""
     import cupy.cublas
@@ -62,164 +60,19 @@ def cublas() -> Any:
     return cupy.cublas
 
 
-# The kernels -----------------------------------------------------------------------------------------------
-
-
-def _scope(text: str, names: Sequence[str], prefix: str) -> str:
-    """A formula in a scope of its own, so that two of them may share names in one kernel."""
-    values = "".join(f"const T {name} = {prefix}_{name}; " for name in names)
-    return f"{{ {values}{text} }}"
-
-
-def _arguments(names: Sequence[str], prefix: str) -> str:
-    return "".join(f", T {prefix}_{name}" for name in names)
+_CUDA_NAMES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.int64): "long long"}
 
 
 @functools.cache
-def activation_kernel(name: str, text: str, parameters: tuple[str, ...], biased: bool) -> Any:
-    """v = product + bias (broadcast over the rows); y = phi(v)."""
-    return cupy.ElementwiseKernel(
-        "T product" + (", T bias" if biased else "") + _arguments(parameters, "phi"),
-        "T net_input, T output",
-        f"const T v = product{' + bias' if biased else ''}; T y; {_scope(text, parameters, 'phi')}"
-        " net_input = v; output = y;",  # in this order: the two may be one array
-        f"gpu_bp_{name}_value",
-        preamble=CUDA_FUNCTIONS,
-    )
-
-
-@functools.cache
-def hidden_delta_kernel(name: str, text: str, x: str, parameters: tuple[str, ...]) -> Any:
-    """delta = e * phi'."""
-    return cupy.ElementwiseKernel(
-        f"T e, T {x}{_arguments(parameters, 'phi')}",
-        "T delta",
-        _scope(text, parameters, "phi"),
-        f"gpu_bp_{name}_delta",
-        preamble=CUDA_FUNCTIONS,
-    )
-
-
-@functools.cache
-def free_loss_kernel(
-    name: str,
-    loss_text: str,
-    loss_parameters: tuple[str, ...],
-    delta_text: str,
-    delta_parameters: tuple[str, ...],
-) -> Any:
-    """loss and e = dE/dy from y and d, then delta = e * phi'."""
-    return cupy.ElementwiseKernel(
-        "T v, T y, T d" + _arguments(loss_parameters, "loss") + _arguments(delta_parameters, "phi"),
-        "T loss, T delta",
-        f"T e; {_scope(loss_text, loss_parameters, 'loss')} {_scope(delta_text, delta_parameters, 'phi')}",
-        f"gpu_bp_{name}",
-        preamble=CUDA_FUNCTIONS,
-    )
-
-
-@functools.cache
-def fused_loss_kernel(name: str, text: str, parameters: tuple[str, ...]) -> Any:
-    """y, loss and delta from v and d."""
-    return cupy.ElementwiseKernel(
-        "T v, T d" + _arguments(parameters, "loss"),
-        "T y, T loss, T delta",
-        _scope(text, parameters, "loss"),
-        f"gpu_bp_{name}",
-        preamble=CUDA_FUNCTIONS,
-    )
-
-
-ROW_WARPS = 4  # rows that a block of threads handles, each by one warp
-
-_ROW_FUNCTIONS = """
-template <typename S> __device__ inline S warp_sum(S x) {
-    for (int k = 16; k; k >>= 1) x += __shfl_xor_sync(0xffffffffu, x, k);
-    return x;
-}
-template <typename S> __device__ inline S warp_max(S x) {
-    for (int k = 16; k; k >>= 1) { const S other = __shfl_xor_sync(0xffffffffu, x, k); x = other > x ? other : x; }
-    return x;
-}
-"""
-
-
-def row_kernel_source(name: str, text: str, dtype: str, target_dtype: str) -> str:
-    """The source of a kernel in which one warp handles one row of n columns.
-
-    A float target is a row of n probabilities, an integer one is the class of the row.
-    """
-    indexed = target_dtype == "long long"
-    return f"""
-typedef {dtype} T;
-{CUDA_FUNCTIONS}{_ROW_FUNCTIONS}
-#define TARGET(j) ({"T(j == *target)" if indexed else "target[j]"})
-extern "C" __global__ void {name}(const int rows, const int n, const T* net_inputs, const {target_dtype}* targets,
-                                  T* outputs, T* losses, T* deltas) {{
-    const int lane = threadIdx.x % 32;
-    const int row = blockIdx.x * {ROW_WARPS} + threadIdx.x / 32;
-    if (row >= rows) return;  // a whole warp at a time
-    const long long first = (long long)row * n;
-    const T* v = net_inputs + first;
-    T* y = outputs + first;
-    const {target_dtype}* target = targets + {"row" if indexed else "first"};
-    T* loss = losses + row;
-    T* delta = deltas + first;
-    {text}
-}}
-"""
+def compiled(kernel: kernels.Kernel) -> Any:
+    """The kernel, which CuPy compiles for each combination of dtypes when it is first called with them."""
+    return cupy.ElementwiseKernel(*kernel[:4], preamble=kernel.preamble)
 
 
 @functools.cache
 def row_kernel(name: str, text: str, dtype: str, target_dtype: str) -> Any:
     """The compiled kernel of `row_kernel_source`."""
-    return cupy.RawKernel(row_kernel_source(name, text, dtype, target_dtype), name)
-
-
-_CUDA_NAMES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.int64): "long long"}
-
-
-@functools.cache
-def chunk_sums_kernel() -> Any:
-    """Chunk c of column j: the sum of x[r, j] over the rows r = c, c + chunks, c + 2 chunks, ..."""
-    return cupy.ElementwiseKernel(
-        "raw T x, int64 rows, int64 columns, int64 chunks",
-        "T sum",
-        """
-        const long long column = i % columns;
-        T running = T(0);
-        for (long long row = i / columns; row < rows; row += chunks) running += x[row * columns + column];
-        sum = running;
-        """,
-        "gpu_bp_chunk_sums",
-    )
-
-
-@functools.cache
-def add_to_total_kernel() -> Any:
-    """total += the sum of a few values, in double: an epoch adds up more losses than a float can tell apart."""
-    return cupy.ElementwiseKernel(
-        "raw T x, int64 n",
-        "float64 total",
-        "double sum = 0; for (long long k = 0; k < n; ++k) sum += x[k]; total += sum;",
-        "gpu_bp_add_to_total",
-    )
-
-
-@functools.cache
-def update_kernel(name: str, text: str, state: tuple[str, ...], scalars: tuple[str, ...]) -> Any:
-    """One step of an update rule; the scalars stand in an array, so that no kernel has one baked in."""
-    read = "".join(
-        f"const T {scalar} = {'i >= n_decayed ? T(0) : ' if scalar == 'weight_decay' else ''}scalars[{k}]; "
-        for k, scalar in enumerate(("scale", *scalars))
-    )
-    return cupy.ElementwiseKernel(
-        "raw T scalars, T gradient, int64 n_decayed",
-        "T w" + "".join(f", T {array}" for array in state),
-        f"{read} const T g = scale * gradient; {text}",
-        f"gpu_bp_{name}",
-        preamble=CUDA_FUNCTIONS,
-    )
+    return cupy.RawKernel(kernels.row_kernel_source(name, text, dtype, target_dtype), name)
 
 
 # The backend -----------------------------------------------------------------------------------------------
@@ -257,6 +110,27 @@ class Scalars:
         return self.device
 
 
+class Generator:
+    """A program on the device: its kernels, its tables, and arrays for its stages."""
+
+    def __init__(self, program: Program) -> None:
+        named = [*program.stages.items(), *((f"output{k}", columns) for k, columns in enumerate(program.outputs))]
+        self._kernels = {name: kernels.generate(program, columns, name) for name, columns in named}
+        self._arrays = {name: cupy.asarray(table) for name, table in program.tables.items()}
+        self._widths = {name: columns.width for name, columns in program.stages.items()}
+        self._rows = 0  # that the stages have room for
+
+    def __call__(self, seed: int, first: int, rows: Array, outputs: Sequence[Array]) -> None:
+        if len(rows) > self._rows:
+            self._rows = len(rows)
+            self._arrays |= {name: cupy.empty((self._rows, width)) for name, width in self._widths.items()}
+        written = {name: self._arrays[name][: len(rows)] for name in self._widths}
+        written |= {f"output{k}": output for k, output in enumerate(outputs)}
+        for name, out in written.items():
+            read, kernel = self._kernels[name]
+            compiled(kernel)(rows, first, np.uint64(seed), *(self._arrays[array] for array in read), out)
+
+
 class CupyBackend:
     """Arrays in the memory of one CUDA device."""
 
@@ -268,6 +142,10 @@ class CupyBackend:
         self.device = properties["name"].decode()
         self._partial: dict[tuple[int, Any], Array] = {}
         self._scalars: dict[tuple[int, Any], Scalars] = {}
+        self.resident_bytes = cupy.cuda.runtime.memGetInfo()[1] // 2
+        self._generators: weakref.WeakKeyDictionary[Program, Generator] = weakref.WeakKeyDictionary()
+        self._uploads = cupy.cuda.Stream(non_blocking=True)
+        self._asked, self._uploaded = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return cupy.zeros(shape, dtype)
@@ -297,13 +175,15 @@ class CupyBackend:
                 net_input += biases
             self._rows(activation.name, activation.value.cuda, net_input, None, output, output, output)
             return
-        kernel = activation_kernel(activation.name, activation.value.cuda, tuple(activation.values), biases is not None)
+        kernel = compiled(
+            kernels.activation(activation.name, activation.value.cuda, tuple(activation.values), biases is not None)
+        )
         inputs = (net_input,) if biases is None else (net_input, biases)
         kernel(*inputs, *activation.values.values(), net_input, output)
 
     def hidden_delta(self, activation: Activation, delta: Array, net_input: Array, output: Array) -> None:
         x, array = ("y", output) if activation.derivative_from == "output" else ("v", net_input)
-        kernel = hidden_delta_kernel(activation.name, activation.delta.cuda, x, tuple(activation.values))
+        kernel = compiled(kernels.hidden_delta(activation.name, activation.delta.cuda, x, tuple(activation.values)))
         kernel(delta, array, *activation.values.values(), delta)
 
     def output_delta(
@@ -320,27 +200,28 @@ class CupyBackend:
             if loss.per_row:
                 self._rows(loss.name, loss.delta.cuda, net_input, target, output, losses, delta)
             else:
-                kernel = fused_loss_kernel(loss.name, loss.delta.cuda, tuple(loss.values))
+                kernel = compiled(kernels.fused_loss(loss.name, loss.delta.cuda, tuple(loss.values)))
                 kernel(net_input, target, *loss.values.values(), output, losses, delta)
             return
         assert isinstance(loss, FreeLoss)
         assert isinstance(activation, Activation)
-        kernel = free_loss_kernel(
+        text = kernels.free_loss(
             f"{loss.name}_{activation.name}",
             loss.error_signal.cuda,
             tuple(loss.values),
             activation.delta.cuda,
             tuple(activation.values),
         )
+        kernel = compiled(text)
         kernel(net_input, output, target, *loss.values.values(), *activation.values.values(), losses, delta)
 
     def column_sums(self, x: Array, out: Array) -> None:
         partial, chunks = self._chunk_sums(x, len(x), x.shape[1])
-        chunk_sums_kernel()(partial, chunks, x.shape[1], 1, out)
+        compiled(kernels.chunk_sums())(partial, chunks, x.shape[1], 1, out)
 
     def accumulate(self, losses: Array, total: Array) -> None:
         partial, chunks = self._chunk_sums(losses, losses.size, 1)
-        add_to_total_kernel()(partial, chunks, total)
+        compiled(kernels.add_to_total())(partial, chunks, total)
 
     def update(
         self,
@@ -357,8 +238,51 @@ class CupyBackend:
         if key not in self._scalars:
             self._scalars[key] = Scalars(*key)
         device_scalars = self._scalars[key].set(values)
-        kernel = update_kernel(record.name, record.update.cuda, record.state, record.scalar_names)
+        kernel = compiled(kernels.update(record.name, record.update.cuda, record.state, record.scalar_names))
         kernel(device_scalars, gradients, n_decayed, parameters, *state)
+
+    def uniforms(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
+        self._fill(kernels.fill(normal=False), seed, purpose, start, out)
+
+    def normals(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
+        self._fill(kernels.fill(normal=True), seed, purpose, start, out)
+
+    def _fill(self, kernel: kernels.Kernel, seed: int, purpose: Purpose, start: int, out: Array) -> None:
+        block, lane = divmod(start, 4)
+        # NumPy counts a counter up before it uses it, hence + 1
+        counter = (np.uint64((block + 1) >> shift & 0xFFFFFFFFFFFFFFFF) for shift in (0, 64, 128, 192))
+        blocks = -(-(lane + len(out)) // 4)
+        compiled(kernel)(*counter, np.uint64(seed), np.uint64(purpose), lane, len(out), out, size=blocks)
+
+    def generate(self, program: Program, seed: int, first: int, rows: Array, outputs: Sequence[Array]) -> None:
+        if program not in self._generators:
+            self._generators[program] = Generator(program)
+        self._generators[program](seed, first, rows, outputs)
+
+    def count(self, first: int, out: Array) -> None:
+        compiled(kernels.count())(first, out)
+
+    def permute(self, permutations: Permutations, first: int, out: Array) -> None:
+        p = permutations
+        kernel = compiled(kernels.permute(len(p.keys)))
+        for k in range(len(out)):
+            kernel(*(np.uint64(x) for x in (first, p.n, p.a, p.b)), *p.keys[:, k, 0], out[k])
+
+    def staging(self, array: Array) -> np.ndarray:
+        memory = cupy.cuda.alloc_pinned_memory(array.nbytes)
+        return np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
+
+    def upload(self, host: np.ndarray, array: Array) -> None:
+        self._asked.record()
+        self._uploads.wait_event(self._asked)
+        array.data.copy_from_host_async(host.ctypes.data, host.nbytes, self._uploads)
+        self._uploaded.record(self._uploads)
+
+    def await_uploads(self) -> None:
+        cupy.cuda.get_current_stream().wait_event(self._uploaded)
+
+    def finish_uploads(self) -> None:
+        self._uploaded.synchronize()
 
     def _rows(
         self, name: str, text: str, net_input: Array, target: Array | None, output: Array, losses: Array, delta: Array
@@ -366,9 +290,9 @@ class CupyBackend:
         target = net_input if target is None else target  # softmax alone reads none
         kernel = row_kernel(f"gpu_bp_{name}", text, _CUDA_NAMES[net_input.dtype], _CUDA_NAMES[target.dtype])
         rows, n = net_input.shape
-        blocks = -(-rows // ROW_WARPS)
+        blocks = -(-rows // kernels.ROW_WARPS)
         arguments = (np.int32(rows), np.int32(n), net_input, target, output, losses, delta)
-        kernel((blocks,), (32 * ROW_WARPS,), arguments)
+        kernel((blocks,), (32 * kernels.ROW_WARPS,), arguments)
 
     def _chunk_sums(self, x: Array, rows: int, columns: int) -> tuple[Array, int]:
         """Sums of about the root of the rows each: as many threads as terms in each thread's sum."""
@@ -377,5 +301,5 @@ class CupyBackend:
         if key not in self._partial:
             self._partial[key] = cupy.empty(chunks * columns, x.dtype)
         partial = self._partial[key]
-        chunk_sums_kernel()(x, rows, columns, chunks, partial)
+        compiled(kernels.chunk_sums())(x, rows, columns, chunks, partial)
         return partial, chunks

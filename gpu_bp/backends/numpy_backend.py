@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from gpu_bp.formula import Program, evaluate
+from gpu_bp.registry import Permutations, Purpose, normals, uniforms
 from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, Loss, RowActivation, Update
 
 # Elements that a formula works on at a time: its few arrays then stay in a core's second-level cache.
@@ -43,6 +45,7 @@ class NumpyBackend:
     """Arrays in host memory, products by NumPy's BLAS."""
 
     name = "numpy"
+    resident_bytes = 2**28
 
     def __init__(self) -> None:
         self.device = platform.processor() or platform.machine()
@@ -123,6 +126,44 @@ class NumpyBackend:
         decayed, exempt = slice(0, n_decayed), slice(n_decayed, None)
         for part, values in ((decayed, scalars), (exempt, {**scalars, "weight_decay": 0.0})):
             self._update(record, tuple(x[part] for x in (parameters, gradients, *state)), scale, values)
+
+    def uniforms(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
+        for part in self._parts(len(out)):
+            out[part] = uniforms(seed, purpose, start + part.start, part.stop - part.start)
+
+    def normals(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
+        for part in self._parts(len(out)):
+            out[part] = normals(seed, purpose, start + part.start, part.stop - part.start)
+
+    def generate(self, program: Program, seed: int, first: int, rows: Array, outputs: Sequence[Array]) -> None:
+        for part in self._parts(len(rows), program.width):
+            evaluate(program, seed, rows[part] + first, tuple(output[part] for output in outputs))
+
+    def count(self, first: int, out: Array) -> None:
+        out[:] = np.arange(first, first + len(out))
+
+    def permute(self, permutations: Permutations, first: int, out: Array) -> None:
+        for part in self._parts(out.shape[1], len(out)):
+            out[:, part] = permutations(np.arange(first + part.start, first + part.stop))
+
+    def staging(self, array: Array) -> np.ndarray:
+        host: np.ndarray = array
+        return host
+
+    def upload(self, host: np.ndarray, array: Array) -> None:
+        pass  # it is there
+
+    def await_uploads(self) -> None:
+        pass
+
+    def finish_uploads(self) -> None:
+        pass
+
+    @staticmethod
+    def _parts(n: int, width: int = 1) -> Iterator[slice]:
+        """Slices of 0 .. n that fit the cache in float64, for `width` numbers a place."""
+        step = max(1, 4 * BLOCK // width)
+        return (slice(start, min(n, start + step)) for start in range(0, n, step))
 
     def _update(self, record: Update, arrays: tuple[Array, ...], scale: float, scalars: Mapping[str, float]) -> None:
         for (w, gradient, *state), scratch in self._slices(*arrays):

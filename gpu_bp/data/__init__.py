@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 
-from gpu_bp.config import ArrayData, Config, Data, DataSection, DoubleMoon, Encoder, Linear, TableData, Xor
-from gpu_bp.data import synthetic
-from gpu_bp.data.arrays import read_pair
+from gpu_bp.backends import Backend, NumpyBackend
+from gpu_bp.config import Config
+from gpu_bp.config_data import ArrayData, DataSection, OwnData, ShardData, Synthetic, TableData
+from gpu_bp.data.arrays import ArrayReader, NpyFile
 from gpu_bp.data.preparation import Preparation, code_labels, code_targets, fit_scaling
-from gpu_bp.data.synthetic import Rows
-from gpu_bp.data.table import Columns, Table
+from gpu_bp.data.shards import ShardReader
+from gpu_bp.data.source import Reader, Source
+from gpu_bp.data.sources import FileSource, GeneratedSource, SetReader, empty
+from gpu_bp.data.synthetic import make_set
+from gpu_bp.data.table import Columns, Table, TableReader
 from gpu_bp.data.task import Task
 from gpu_bp.errors import UserError
 from gpu_bp.spec import Loss
@@ -31,11 +37,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The splits that have rows, by name, what was fitted to the training rows, and the number of targets."""
+    """The sources of the splits that have rows, by name, and what was fitted to the training rows."""
 
-    splits: dict[str, Split]
+    sources: Mapping[str, Source]
     preparation: Preparation
-    n_targets: int
 
     @property
     def task(self) -> Task:
@@ -43,13 +48,32 @@ class Dataset:
 
     @property
     def n_inputs(self) -> int:
-        return int(self.splits["train"].inputs.shape[1])
+        return self.sources["train"].n_inputs
+
+    @property
+    def n_targets(self) -> int:
+        return self.sources["train"].n_targets
+
+    def rows(self, name: str = "train", first: int = 0, n: int | None = None) -> Split:
+        """Rows first to first + n of a split, by default all, on the host.
+
+        Raises:
+            UserError: a file is broken there.
+        """
+        source = self.sources[name]
+        backend = source.backend or NumpyBackend()
+        n = source.n_rows - first if n is None else min(n, source.n_rows - first)
+        batch = empty(backend, source, n, np.float64)
+        backend.count(first, batch.rows)
+        source.fill(batch.rows, batch)
+        return Split(backend.to_host(batch.inputs), backend.to_host(batch.targets))
 
 
-def load_data(config: Config, preparation: Preparation | None = None) -> Dataset:
+def load_data(config: Config, preparation: Preparation | None = None, *, backend: Backend | None = None) -> Dataset:
     """The data of a config, targets coded for its loss.
 
-    The preparation is fitted to the training rows, or is the one given, such as a model's own.
+    The preparation is fitted to the training rows, or is the one given, such as a model's own. Generated rows are
+    made on the backend, by default NumPy's. Rows of files are read when they are needed.
 
     Raises:
         UserError: a missing or broken file, too few rows, targets that do not fit the loss, or data that do not
@@ -58,78 +82,89 @@ def load_data(config: Config, preparation: Preparation | None = None) -> Dataset
     data, loss = config.data, config.loss.record()
     if preparation and (preparation.columns is not None) != isinstance(data, TableData):
         raise UserError(f"data.kind is {data.kind}, and the model was trained on another kind of data")
-    if isinstance(data, TableData):
-        return _load_table(data, loss, preparation)
+    if isinstance(data, get_args(Synthetic)):
+        return _generated(data, config.seed, loss, preparation, backend or NumpyBackend())
     if isinstance(data, ArrayData):
-        rows = _read_arrays(data, loss, preparation)
-        return _dataset(rows, _n_train(len(rows.inputs), data, data.inputs), data, loss, data.targets, preparation)
-    n_train = (data.rows or data.size) if isinstance(data, Encoder) else data.rows
-    rows = _generate(data, config.seed, n_train + data.validation_rows + data.test_rows)
-    return _dataset(rows, n_train, data, loss, data.kind, preparation)
+        return _from_files(_arrays(data, loss, preparation), data, loss, preparation)
+    if isinstance(data, ShardData):
+        return _from_files(ShardReader(Path(data.path)), data, loss, preparation)
+    if isinstance(data, TableData):
+        table = Table(Path(data.path))
+        columns = preparation.columns if preparation else None
+        columns = columns or _fit_columns(table, data, loss)
+        return _from_files(TableReader(table, columns), data, loss, preparation, columns)
+    raise UserError("data.kind is own: these data are sources that are given from Python, to gpu_bp.train")
 
 
-def _generate(data: Data, seed: int, n: int) -> Rows:
-    """The first n rows of a synthetic set: training, validation and test rows in this order."""
-    if n * getattr(data, "n_inputs", 1) * getattr(data, "n_targets", 1) > 2**48:
-        raise MemoryError(f"{n:.1e} rows of data")
-    match data:
-        case DoubleMoon():
-            return synthetic.double_moon(seed, 0, n, radius=data.radius, width=data.width, distance=data.distance)
-        case Xor():
-            return synthetic.xor(0, n)
-        case Encoder():
-            return synthetic.encoder(0, n, size=data.size)
-        case Linear():
-            return synthetic.linear(seed, 0, n, n_inputs=data.n_inputs, n_targets=data.n_targets, noise=data.noise)
-    raise AssertionError(data)
+def own_data(sources: Mapping[str, Source]) -> Dataset:
+    """The data of sources of one's own, by the name of the split: "train", and perhaps "validation" and "test"."""
+    if "train" not in sources or set(sources) - set(SPLITS):
+        raise UserError(f"sources must be named train, and perhaps validation and test, not {', '.join(sources)}")
+    train = sources["train"]
+    preparation = Preparation(train.task, None, (0.0,) * train.n_inputs, (1.0,) * train.n_inputs)
+    return Dataset(sources, preparation)
 
 
-def _read_arrays(data: ArrayData, loss: Loss, preparation: Preparation | None) -> Rows:
+def _generated(data: Any, seed: int, loss: Loss, preparation: Preparation | None, backend: Backend) -> Dataset:
+    made = make_set(data, seed)
+    coding = code_labels(made.classes, loss) if made.classes else code_targets(made.target.width, made.binary, loss)
+    if preparation is None:
+        reader = SetReader(NumpyBackend(), made, seed, data.kind, made.n_rows)
+        scaling = fit_scaling(reader, made.n_rows, getattr(data, "scaling", "none"))
+        preparation = Preparation(coding.task, None, *scaling)
+    _check_width(preparation, made.inputs.width, data.kind)
+    ranges = _ranges(made.n_rows, data)
+    sources = {name: GeneratedSource(backend, made, seed, first, n, preparation, coding) for name, first, n in ranges}
+    return Dataset(sources, preparation)
+
+
+def _from_files(
+    reader: Reader, data: Any, loss: Loss, preparation: Preparation | None, columns: Columns | None = None
+) -> Dataset:
+    n_train = _n_train(reader.n_rows, data, reader.where)
+    coding = code_labels(reader.classes, loss) if reader.classes else code_targets(reader.n_targets, False, loss)
+    if preparation is None:
+        scaling = ((), ()) if columns else fit_scaling(reader, n_train, data.scaling)
+        preparation = Preparation(coding.task, columns, *scaling)
+    if columns is None:
+        _check_width(preparation, reader.n_inputs, reader.where)
+    ranges = _ranges(n_train, data)
+    sources = {name: FileSource(reader, first, n, preparation, coding, loss) for name, first, n in ranges}
+    return Dataset(sources, preparation)
+
+
+def _arrays(data: ArrayData, loss: Loss, preparation: Preparation | None) -> ArrayReader:
     """A pair of .npy files; a vector of integers is taken as classes unless the loss is one of real numbers."""
-    inputs, targets = read_pair(Path(data.inputs), Path(data.targets))
-    if targets.ndim == 2:
-        return Rows(inputs, targets=targets)
-    if loss.targets == "real":
-        return Rows(inputs, targets=targets[:, None].astype(np.float64))
-    train = targets[: _n_train(len(targets), data, data.targets)]
-    n_classes = data.n_classes or max(2, int(train.max()) + 1)
+    inputs, targets = NpyFile(Path(data.inputs), "data.inputs"), NpyFile(Path(data.targets), "data.targets")
+    if len(inputs) != len(targets):
+        raise UserError(f"data.inputs has {len(inputs)} rows and data.targets has {len(targets)}; they must be equal")
+    if len(targets.shape) == 2 or targets.dtype.kind not in "iu" or loss.targets == "real":
+        return ArrayReader(inputs, targets)
     if preparation:
-        n_classes = len(preparation.task.classes)
-    elif not data.n_classes and n_classes > max(2, len(train)):
+        return ArrayReader(inputs, targets, len(preparation.task.classes))
+    if data.n_classes:
+        return ArrayReader(inputs, targets, data.n_classes)
+    n_train = _n_train(len(targets), data, data.targets)
+    largest = max(int(targets.read(first, min(2**20, n_train - first)).max()) for first in range(0, n_train, 2**20))
+    n_classes = max(2, largest + 1)
+    if n_classes > max(2, n_train):
         raise UserError(
-            f"{data.targets}: the largest class is {n_classes - 1}, but there are only {len(train)} training rows; "
+            f"{data.targets}: the largest class is {n_classes - 1}, but there are only {n_train} training rows; "
             "are these classes? If so, set data.n_classes; for regression use a loss such as squared_error"
         )
-    outside = (targets < 0) | (targets >= n_classes)
-    if outside.any():
-        row = int(np.argmax(outside))
-        raise UserError(
-            f"{data.targets}, row {row} (counting from 0): class {targets[row]} is out of range; there are "
-            f"{n_classes} classes, 0 to {n_classes - 1} (data.n_classes sets how many)"
-        )
-    return Rows(inputs, labels=targets.astype(np.int64), classes=tuple(str(k) for k in range(n_classes)))
+    return ArrayReader(inputs, targets, n_classes)
 
 
-def _load_table(data: TableData, loss: Loss, preparation: Preparation | None) -> Dataset:
-    table = Table(Path(data.path))
-    n_train = _n_train(len(table), data, data.path)
-    columns = preparation.columns if preparation else None
-    columns = columns or Columns.fit(
+def _fit_columns(table: Table, data: TableData, loss: Loss) -> Columns:
+    return Columns.fit(
         table,
-        n_train,
+        _n_train(len(table), data, data.path),
         targets=data.target_columns,
         dropped=data.drop_columns,
         categorical=data.categorical_columns,
         standardised=data.standardise_columns,
         standardise_targets=loss.targets == "real",
     )
-    inputs, classes = columns.encode_inputs(table), columns.classes
-    if classes:
-        rows = Rows(inputs, labels=columns.class_indices(table), classes=classes)
-    else:
-        rows = Rows(inputs, targets=columns.encode_targets(table))
-    where = f"{data.path}, {', '.join(data.target_columns)}"
-    return _dataset(rows, n_train, data, loss, where, preparation, columns)
 
 
 def _n_train(n_rows: int, data: DataSection, where: str) -> int:
@@ -143,32 +178,13 @@ def _n_train(n_rows: int, data: DataSection, where: str) -> int:
     return n_train
 
 
-def _dataset(
-    rows: Rows,
-    n_train: int,
-    data: DataSection,
-    loss: Loss,
-    where: str,
-    preparation: Preparation | None,
-    columns: Columns | None = None,
-) -> Dataset:
-    """Codes the targets, scales the inputs by the training rows, and splits."""
-    if rows.labels is not None:
-        targets, task = code_labels(rows.labels, rows.classes, loss)
-    else:
-        assert rows.targets is not None
-        targets, task = code_targets(rows.targets, rows.binary, loss, where)
-    inputs = rows.inputs
-    if preparation is None:
-        shift, scale = ((), ()) if columns else fit_scaling(inputs[:n_train], getattr(data, "scaling", "none"))
-        preparation = Preparation(task, columns, tuple(shift), tuple(scale))
-    elif columns is None and len(preparation.shift) != inputs.shape[1]:
-        raise UserError(f"{where}: {inputs.shape[1]} inputs a row, where the network takes {len(preparation.shift)}")
-    inputs = preparation.inputs(inputs)
-    ends = np.cumsum([0, n_train, data.validation_rows, data.test_rows])
-    splits = {
-        name: Split(inputs[start:end], targets[start:end])
-        for name, start, end in zip(SPLITS, ends[:-1], ends[1:], strict=True)
-        if end > start
-    }
-    return Dataset(splits, preparation, len(rows.classes) if targets.ndim == 1 else targets.shape[1])
+def _ranges(n_train: int, data: DataSection) -> list[tuple[str, int, int]]:
+    """The splits that have rows: name, first row, how many."""
+    counts = (n_train, data.validation_rows, data.test_rows)
+    firsts = (0, n_train, n_train + data.validation_rows)
+    return [(name, first, n) for name, first, n in zip(SPLITS, firsts, counts, strict=True) if n]
+
+
+def _check_width(preparation: Preparation, n_inputs: int, where: str) -> None:
+    if len(preparation.shift) != n_inputs:
+        raise UserError(f"{where}: {n_inputs} inputs a row, where the network takes {len(preparation.shift)}")

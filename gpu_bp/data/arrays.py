@@ -1,4 +1,4 @@
-"""Inputs and targets from a pair of .npy files."""
+"""Inputs and targets from .npy files, of any size: read by ranges of rows, never whole."""
 
 from __future__ import annotations
 
@@ -6,49 +6,121 @@ from pathlib import Path
 
 import numpy as np
 
+from gpu_bp.data.source import BLOCK_ROWS, Rows
 from gpu_bp.errors import UserError
 
 
-def read_npy(path: Path, what: str) -> np.ndarray:
-    """The array in a .npy file: finite numbers, one or two dimensions, no pickle.
+class NpyFile:
+    """One array of real numbers in a .npy file, of one or two dimensions, read by ranges of rows.
 
     Raises:
-        UserError: missing, empty, not a .npy file, of another kind, or with a NaN or infinity (which row).
+        UserError: missing, empty, shorter than its header says, not a .npy file, or of another kind.
     """
-    if not path.is_file():
-        raise UserError(f"{what}: no file {path}")
-    try:
-        array = np.load(path, allow_pickle=False, mmap_mode="r")
-    except OSError as error:
-        raise UserError(f"{what}: {path}: {error.strerror or 'not a .npy file'}") from None
-    except Exception:  # whatever a broken header makes of it
-        raise UserError(f"{what}: {path} is not a .npy file of numbers") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or array.ndim not in (1, 2):
-        held = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
-        raise UserError(f"{what}: {path} must hold one array of real numbers with 1 or 2 dimensions, not {held}")
-    if array.size == 0:
-        raise UserError(f"{what}: {path} is empty, its shape is {array.shape}")
-    if array.dtype.kind == "f":
-        finite = np.isfinite(array)
-        if not finite.all():
-            row = int(np.argwhere(~finite)[0][0])
-            raise UserError(f"{what}: {path} has a NaN or infinity in row {row} (counting from 0)")
-    return np.asarray(array)
+
+    def __init__(self, path: Path, what: str) -> None:
+        self.path = path
+        self.what = what
+        if not path.is_file():
+            raise UserError(f"{what}: no file {path}")
+        try:
+            with path.open("rb") as file:
+                version = np.lib.format.read_magic(file)
+                read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_header_2_0
+                self.shape, self._fortran, self.dtype = read_header(file)
+                self._start = file.tell()
+        except OSError as error:
+            raise UserError(f"{what}: {path}: {error.strerror or 'not a .npy file'}") from None
+        except Exception:  # whatever a broken header makes of it
+            raise UserError(f"{what}: {path} is not a .npy file of numbers") from None
+        if self.dtype.kind not in "fiub" or len(self.shape) not in (1, 2):
+            raise UserError(
+                f"{what}: {path} must hold one array of real numbers with 1 or 2 dimensions, not {self.dtype} of "
+                f"shape {self.shape}"
+            )
+        if 0 in self.shape:
+            raise UserError(f"{what}: {path} is empty, its shape is {self.shape}")
+        size = self._start + int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        if path.stat().st_size < size:
+            raise UserError(
+                f"{what}: {path} has {path.stat().st_size} bytes, its header promises {size}: it is cut off"
+            )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return self.shape[1] if len(self.shape) == 2 else 1
+
+    def read(self, first: int, n: int) -> np.ndarray:
+        """Rows first to first + n, in a new array of the file's own dtype: (n, width), or (n,).
+
+        Raises:
+            UserError: a NaN or infinity (in which row), or a file that was cut off meanwhile.
+        """
+        if self._fortran and len(self.shape) == 2:  # a row's numbers lie far apart
+            rows = np.array(np.load(self.path, allow_pickle=False, mmap_mode="r")[first : first + n], order="C")
+        else:
+            # read, not mapped: pages of a map count as memory of the process
+            rows = np.empty((n, *self.shape[1:]), self.dtype)
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self._start + first * self.width * self.dtype.itemsize)
+                view = memoryview(rows.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+                while view:
+                    got = file.readinto(view)
+                    if not got:
+                        raise UserError(f"{self.what}: {self.path} was cut off while it was read")
+                    view = view[got:]
+        if self.dtype.kind == "f" and not np.isfinite(rows).all():
+            row = first + int(np.argwhere(~np.isfinite(rows))[0][0])
+            raise UserError(f"{self.what}: {self.path} has a NaN or infinity in row {row} (counting from 0)")
+        return rows
+
+
+def _read_header_2_0(file: object) -> tuple[tuple[int, ...], bool, np.dtype]:  # type: ignore[type-arg]
+    return np.lib.format.read_array_header_2_0(file)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def real(rows: np.ndarray) -> np.ndarray:
+    """Numbers (n,) or (n, width) as (n, width) of float32 where they are that, else float64."""
+    matrix = rows[:, None] if rows.ndim == 1 else rows
+    return matrix if matrix.dtype == np.float32 else matrix.astype(np.float64, copy=False)
 
 
 def read_inputs(path: Path, what: str = "inputs") -> np.ndarray:
     """An (n, n_inputs) float64 array from a .npy file."""
-    array = read_npy(path, what).astype(np.float64)
-    return array[:, None] if array.ndim == 1 else array
+    file = NpyFile(path, what)
+    return real(file.read(0, len(file))).astype(np.float64)
 
 
-def read_pair(inputs: Path, targets: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs (n, n_inputs) float64 and targets: (n,) integers as they are, anything else (n, n_targets) float64."""
-    x = read_inputs(inputs, "data.inputs")
-    d = read_npy(targets, "data.targets")
-    if len(x) != len(d):
-        raise UserError(f"data.inputs has {len(x)} rows and data.targets has {len(d)}; they must be equal")
-    if d.ndim == 1 and d.dtype.kind in "iu":
-        return x, d
-    d = d.astype(np.float64)
-    return x, d[:, None] if d.ndim == 1 else d
+class ArrayReader:
+    """Rows from a pair of .npy files. See `gpu_bp.data.source.Reader`.
+
+    Args:
+        inputs, targets: the files; a vector of integers is taken as classes where there are `n_classes`.
+        n_classes: how many classes there are, 0 where targets are numbers.
+    """
+
+    def __init__(self, inputs: NpyFile, targets: NpyFile, n_classes: int = 0) -> None:
+        self._inputs = inputs
+        self._targets = targets
+        self.n_rows = len(inputs)
+        self.n_inputs = inputs.width
+        self.n_targets = targets.width
+        self.classes = tuple(str(k) for k in range(n_classes))
+        self.block_rows = BLOCK_ROWS
+        self.where = str(targets.path)
+
+    def read(self, first: int, n: int) -> Rows:
+        inputs, targets = real(self._inputs.read(first, n)), self._targets.read(first, n)
+        if not self.classes:
+            return Rows(inputs, targets=real(targets))
+        outside = (targets < 0) | (targets >= len(self.classes))
+        if outside.any():
+            k = int(np.argmax(outside))
+            raise UserError(
+                f"{self.where}, row {first + k} (counting from 0): class {targets[k]} is out of range; there are "
+                f"{len(self.classes)} classes, 0 to {len(self.classes) - 1} (data.n_classes sets how many)"
+            )
+        return Rows(inputs, labels=targets.astype(np.int64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpu_bp.data.arrays import read_inputs
+from gpu_bp.data.source import Reader
 from gpu_bp.data.table import Columns, Numeric, Table
 from gpu_bp.data.task import Task
 from gpu_bp.errors import UserError
@@ -104,51 +106,93 @@ class Preparation:
         return cls(task, columns, tuple(data["shift"]), tuple(data["scale"]))
 
 
-def fit_scaling(train: np.ndarray, scaling: str) -> tuple[list[float], list[float]]:
-    """Shift and scale per column of training inputs (rows, n).
+# Training rows that a scaling is fitted to, at most.
+FITTED_ROWS = 2**20
+
+
+def fit_scaling(reader: Reader, n_train: int, scaling: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shift and scale per column of the inputs, fitted to the first `n_train` rows, or a million of them.
 
     "standardise": mean and standard deviation. "max-abs": the mean, then the largest absolute value of what
     remains. A column that does not vary keeps scale 1.
     """
-    n_inputs = train.shape[1]
+    n_inputs = reader.n_inputs
     if scaling == "none":
-        return [0.0] * n_inputs, [1.0] * n_inputs
-    constant = train.min(axis=0) == train.max(axis=0)  # its computed deviation may be a rounding error, not 0
-    shift = np.where(constant, train[0], train.mean(axis=0))
-    scale = train.std(axis=0) if scaling == "standardise" else np.abs(train - shift).max(axis=0)
-    return shift.tolist(), np.where(constant, 1.0, scale).tolist()
+        return (0.0,) * n_inputs, (1.0,) * n_inputs
+    n = min(n_train, FITTED_ROWS)
+
+    def blocks() -> Iterator[np.ndarray]:
+        step = max(1, 2**20 // n_inputs)
+        return (reader.read(start, min(step, n - start)).inputs.astype(np.float64) for start in range(0, n, step))
+
+    total, low, high = np.zeros(n_inputs), np.full(n_inputs, np.inf), np.full(n_inputs, -np.inf)
+    for x in blocks():
+        total += x.sum(axis=0)
+        np.minimum(low, x.min(axis=0), out=low)
+        np.maximum(high, x.max(axis=0), out=high)
+    constant = low == high  # its computed deviation may be a rounding error, not 0
+    shift = np.where(constant, low, total / n)
+    if scaling == "standardise":
+        square = sum(((x - shift) ** 2).sum(axis=0) for x in blocks())
+        scale = np.sqrt(square / n)
+    else:
+        scale = np.maximum(high - shift, shift - low)
+    return tuple(shift.tolist()), tuple(np.where(constant, 1.0, scale).tolist())
 
 
-def code_labels(labels: np.ndarray, classes: tuple[str, ...], loss: Loss) -> tuple[np.ndarray, Task]:
-    """Class labels (rows,) as the loss wants them, and the task that follows.
+@dataclass(frozen=True)
+class Coding:
+    """How what is wanted of a row becomes what a loss wants: the task, and the targets' width (or, with `indexed`,
+    how many classes there are, targets being their numbers)."""
 
-    For a loss of classes they stay class indices. For one of numbers in [0, 1], two classes become 0 and 1;
-    for one of real numbers -1 and 1, and more than two one-hot rows.
+    task: Task
+    n_targets: int
+    indexed: bool = False
+    labels: bool = False  # what is wanted are class labels
+
+    def code(self, wanted: Any, column: Any) -> Any:
+        """Targets from labels (rows, 1) and `column` (1, n); targets stay what they are. Of symbols too."""
+        if not self.labels or self.indexed or self.task.decision == "half":
+            return wanted
+        return 2.0 * wanted - 1.0 if self.task.decision == "sign" else wanted == column
+
+    @property
+    def width(self) -> int:
+        """How many columns the targets have."""
+        return 1 if self.indexed else self.n_targets
+
+
+def code_labels(classes: tuple[str, ...], loss: Loss) -> Coding:
+    """The coding of class labels: class indices for a loss of classes.
+
+    For a loss of numbers in [0, 1], two classes become 0 and 1; for one of real numbers -1 and 1, and more than two
+    one-hot rows.
     """
     if len(classes) < 2:
         raise UserError(f"the training rows have the single class {classes[0]!r}; a classification needs two or more")
     two = len(classes) == 2
     if loss.targets == "classes":
-        return labels, Task("argmax", classes)
+        return Coding(Task("argmax", classes), len(classes), indexed=True, labels=True)
     if loss.targets == "unit":
         if not two:
             raise UserError(f"{loss.name} takes two classes, the data have {len(classes)}; use loss cross_entropy")
-        return labels[:, None].astype(np.float64), Task("half", classes)
+        return Coding(Task("half", classes), 1, labels=True)
     if two:
-        return 2.0 * labels[:, None] - 1.0, Task("sign", classes)
-    return np.eye(len(classes))[labels], Task("argmax", classes)
+        return Coding(Task("sign", classes), 1, labels=True)
+    return Coding(Task("argmax", classes), len(classes), labels=True)
 
 
-def code_targets(targets: np.ndarray, binary: bool, loss: Loss, where: str) -> tuple[np.ndarray, Task]:
-    """Targets (rows, n) as the loss wants them, and the task that follows; `binary`: they are 0 and 1.
-
-    `where` they come from is said in errors.
-
-    Raises:
-        UserError: they do not fit the loss (which row).
-    """
+def code_targets(n_targets: int, binary: bool, loss: Loss) -> Coding:
+    """The coding of targets that are numbers, which keeps them, and the task that follows; `binary`: they are 0 and 1."""
     if loss.targets == "real":
-        return targets, Task("half" if binary else "none")
+        return Coding(Task("half" if binary else "none"), n_targets)
+    return Coding(Task("half" if loss.targets == "unit" else "argmax"), n_targets)
+
+
+def check_targets(targets: np.ndarray, loss: Loss, where: str, first: int) -> None:
+    """Raises UserError where targets (rows, n) do not fit the loss (which row, `first` being the first one's number)."""
+    if loss.targets == "real":
+        return
     outside = (targets < 0) | (targets > 1)
     if loss.targets == "classes" and targets.shape[1] > 1:
         outside |= np.abs(targets.sum(axis=1, keepdims=True) - 1) > 1e-6
@@ -156,8 +200,7 @@ def code_targets(targets: np.ndarray, binary: bool, loss: Loss, where: str) -> t
         row = int(np.argwhere(outside)[0][0])
         wanted = "numbers from 0 to 1" if loss.targets == "unit" else "classes, or rows of probabilities that sum to 1"
         raise UserError(
-            f"{where}: the targets do not fit the loss: {loss.name} takes {wanted}, row {row} (counting from 0) is "
-            f"{targets[row].tolist()}; for regression use squared_error, and of a table name a column of classes "
+            f"{where}: the targets do not fit the loss: {loss.name} takes {wanted}, row {first + row} (counting from "
+            f"0) is {targets[row].tolist()}; for regression use squared_error, and of a table name a column of classes "
             "in data.categorical_columns"
         )
-    return targets, Task("half" if loss.targets == "unit" else "argmax")

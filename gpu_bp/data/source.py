@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from gpu_bp.data.task import Task
 from gpu_bp.spec import Array
+
+if TYPE_CHECKING:
+    from gpu_bp.backends import Backend
 
 # Rows that are read together where a reader has no wish of its own.
 BLOCK_ROWS = 1024
@@ -85,7 +88,12 @@ class Source(ABC):
         task: what is asked of the network.
         indexed: targets are class indices (n,) int64, as for loss cross_entropy, and not numbers (n, n_targets).
         block_rows: rows that are best asked for together; 1 where any rows come as fast as consecutive ones.
+
+    Attributes:
+        backend: whose arrays it fills; None is the host, and then `fill` may be called by two threads at once.
     """
+
+    backend: Backend | None = None
 
     def __init__(
         self,

@@ -268,3 +268,22 @@ class Columns:
             return Numeric(plain["name"], plain["mean"], plain["sd"])
 
         return cls(tuple(map(column, data["inputs"])), tuple(map(column, data["targets"])))
+
+
+class TableReader:
+    def __init__(self, table: Table, columns: Columns) -> None:
+
+        self.n_rows = len(table)
+        self._inputs = columns.encode_inputs(table)
+        self.classes = columns.classes
+        self._wanted = columns.class_indices(table) if self.classes else columns.encode_targets(table)
+        self.n_inputs = self._inputs.shape[1]
+        self.n_targets = 1 if self.classes else self._wanted.shape[1]
+        self.block_rows = 1024
+        self.where = f"{table.path}, {', '.join(c.name for c in columns.targets)}"
+
+    def read(self, first: int, n: int) -> Any:
+        from gpu_bp.data.source import Rows
+
+        x, d = self._inputs[first : first + n], self._wanted[first : first + n]
+        return Rows(x, labels=d) if self.classes else Rows(x, targets=d)

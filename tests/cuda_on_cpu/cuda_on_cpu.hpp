@@ -32,6 +32,25 @@ using std::exp2; using std::expm1; using std::fabs; using std::floor; using std:
 using std::isfinite; using std::isinf; using std::isnan; using std::log; using std::log1p; using std::log2;
 using std::pow; using std::rint; using std::sin; using std::sinh; using std::sqrt; using std::tan; using std::tanh;
 
+// pi times what is left after the nearest half, which is exact, in long double.
+inline double sinpi(double x) {
+    const double halves = std::rint(2 * x);
+    const long double angle = 3.14159265358979323846264338327950288L * (x - 0.5 * halves);
+    const int quarter = int((long long)(halves) & 3);
+    const long double y = quarter & 1 ? std::cos(angle) : std::sin(angle);
+    return double(quarter & 2 ? -y : y);
+}
+inline double cospi(double x) {
+    const double halves = std::rint(2 * x);
+    const long double angle = 3.14159265358979323846264338327950288L * (x - 0.5 * halves);
+    const int quarter = int((long long)(halves) & 3);
+    const long double y = quarter & 1 ? std::sin(angle) : std::cos(angle);
+    return double((quarter + 1) & 2 ? -y : y);
+}
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return (unsigned long long)((unsigned __int128)a * b >> 64);
+}
+
 struct Triple { unsigned x, y, z; };
 static Triple threadIdx, blockIdx, blockDim, gridDim;
 

@@ -254,5 +254,5 @@ class MemoryPointer:
     def __init__(self, array: ndarray) -> None:
         self._array = array
 
-    def copy_from_host_async(self, address: int, nbytes: int) -> None:
+    def copy_from_host_async(self, address: int, nbytes: int, stream: Any = None) -> None:
         self._array.device.copy_from_pinned(self._array, address, nbytes)

@@ -47,6 +47,7 @@ class FakeCupy:
             getDeviceCount=lambda: 1,
             getDeviceProperties=lambda number: {"name": b"a CPU that stands in for a GPU"},
             deviceSynchronize=self._synchronise,
+            memGetInfo=lambda: (2**32, 2**33),
             CUDARuntimeError=RuntimeError,
         )
         self.cuda = SimpleNamespace(
@@ -148,6 +149,9 @@ class Stream:
     def synchronize(self) -> None:
         self._device.uncapturable("synchronisations")
 
+    def wait_event(self, event: Event) -> None:
+        """All streams are one queue here, in which everything waits for what came before."""
+
 
 class Event:
     """A place in the order of what the device was given, to wait for. One that was not recorded is passed."""
@@ -156,7 +160,7 @@ class Event:
         self._device = device
         self._place = 0
 
-    def record(self) -> None:
+    def record(self, stream: Stream | None = None) -> None:
         self._place = self._device.given
 
     def synchronize(self) -> None:
@@ -188,7 +192,7 @@ class ElementwiseKernel:
         self._compiled: dict[Any, Kernel] = {}
         self._poisoned = [not p.raw and written_before_read(real.operation, p.name) for p in real.out_params]
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, size: int | None = None) -> Any:
         real = self.real
         if len(arguments) not in (real.nin, real.nargs):
             raise TypeError(
@@ -204,9 +208,10 @@ class ElementwiseKernel:
         types = codegen.elementwise_types(real, dtypes, [output.dtype for output in outputs])
         parameters = (*real.in_params, *real.out_params)
         looped = [isinstance(x, ndarray) and not p.raw for p, x in zip(parameters, arguments, strict=False)]
-        if not any(looped):
-            raise ValueError("Loop size is undecided.")
-        shape = np.broadcast_shapes(*(x.shape for x, loop in zip(arguments, looped, strict=True) if loop))
+        if any(looped) == (size is not None):
+            raise ValueError("Loop size is undecided." if size is None else "Specified 'size' can be used only if raw")
+        loops = [x.shape for x, loop in zip(arguments, looped, strict=True) if loop]
+        shape = np.broadcast_shapes(*loops) if loops else (size,)
         if not outputs:
             outputs = tuple(self._device.empty(shape, dtype) for dtype in types[1])
             arguments, looped = (*inputs, *outputs), [*looped, *(True for _ in outputs)]

@@ -14,6 +14,7 @@ from cuda_on_cpu.references import assert_near, assert_same_kind
 from cuda_on_cpu.test_kernels_on_cpu import ACTIVATIONS, FREE_LOSSES, backend, dtypes, orders
 from gpu_bp import registry
 from gpu_bp.backends import NumpyBackend
+from gpu_bp.backends import cuda_kernels as texts
 from gpu_bp.spec import FusedLoss
 
 pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
@@ -244,18 +245,19 @@ def element_kernels(module: Any) -> dict[str, tuple[Any, tuple[float, ...]]]:
     for name, phi in ACTIVATIONS.items():
         names, values = tuple(phi.values), tuple(phi.values.values())
         x = "y" if phi.derivative_from == "output" else "v"
-        kernels[f"{name} value"] = module.activation_kernel(name, phi.value.cuda, names, True), values
-        kernels[f"{name} delta"] = module.hidden_delta_kernel(name, phi.delta.cuda, x, names), values
+        kernels[f"{name} value"] = module.compiled(texts.activation(name, phi.value.cuda, names, True)), values
+        kernels[f"{name} delta"] = module.compiled(texts.hidden_delta(name, phi.delta.cuda, x, names)), values
     for loss in registry.LOSSES.values():
         values = tuple(loss.values.values())
         if isinstance(loss, FusedLoss):
             if not loss.per_row:
-                kernels[loss.name] = module.fused_loss_kernel(loss.name, loss.delta.cuda, tuple(loss.values)), values
+                fused = texts.fused_loss(loss.name, loss.delta.cuda, tuple(loss.values))
+                kernels[loss.name] = module.compiled(fused), values
         else:
             gradient = FREE_LOSSES[loss.name].error_signal.cuda
             text = ACTIVATIONS["tanh"].delta.cuda
-            kernel = module.free_loss_kernel(f"{loss.name}_tanh", gradient, tuple(loss.values), text, ())
-            kernels[loss.name] = kernel, values
+            free = texts.free_loss(f"{loss.name}_tanh", gradient, tuple(loss.values), text, ())
+            kernels[loss.name] = module.compiled(free), values
     return kernels
 
 

@@ -1,0 +1,228 @@
+"""The CUDA kernels of the CuPy backend, as text: from the formulas of the records, and those beside them.
+
+A `Kernel` is what cupy.ElementwiseKernel is made of. In its operation `i` is the number of the thread's element. The
+texts are kept, since a step asks for them again and again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gpu_bp.backends.trace import trace
+from gpu_bp.formula import Columns, Program
+from gpu_bp.registry import (
+    CUDA_FILL_NORMALS,
+    CUDA_FILL_UNIFORMS,
+    CUDA_FUNCTIONS,
+    CUDA_RANDOM,
+    CUDA_SHUFFLE,
+)
+
+
+class Kernel(NamedTuple):
+    """The arguments of cupy.ElementwiseKernel."""
+
+    in_params: str
+    out_params: str
+    operation: str
+    name: str
+    preamble: str = ""
+
+
+@functools.cache
+def add_one() -> Kernel:
+    """y = x + 1, to see whether a device computes."""
+    return Kernel("T x", "T y", "y = x + T(1)", "gpu_bp_add_one")
+
+
+def _scope(text: str, names: Sequence[str], prefix: str) -> str:
+    """A formula in a scope of its own, so that two of them may share names in one kernel."""
+    values = "".join(f"const T {name} = {prefix}_{name}; " for name in names)
+    return f"{{ {values}{text} }}"
+
+
+def _arguments(names: Sequence[str], prefix: str) -> str:
+    return "".join(f", T {prefix}_{name}" for name in names)
+
+
+@functools.cache
+def activation(name: str, text: str, parameters: tuple[str, ...], biased: bool) -> Kernel:
+    """v = product + bias (broadcast over the rows); y = phi(v)."""
+    return Kernel(
+        "T product" + (", T bias" if biased else "") + _arguments(parameters, "phi"),
+        "T net_input, T output",
+        f"const T v = product{' + bias' if biased else ''}; T y; {_scope(text, parameters, 'phi')}"
+        " net_input = v; output = y;",  # in this order: the two may be one array
+        f"gpu_bp_{name}_value",
+        CUDA_FUNCTIONS,
+    )
+
+
+@functools.cache
+def hidden_delta(name: str, text: str, x: str, parameters: tuple[str, ...]) -> Kernel:
+    """delta = e * phi'."""
+    return Kernel(
+        f"T e, T {x}{_arguments(parameters, 'phi')}",
+        "T delta",
+        _scope(text, parameters, "phi"),
+        f"gpu_bp_{name}_delta",
+        CUDA_FUNCTIONS,
+    )
+
+
+@functools.cache
+def free_loss(
+    name: str,
+    loss_text: str,
+    loss_parameters: tuple[str, ...],
+    delta_text: str,
+    delta_parameters: tuple[str, ...],
+) -> Kernel:
+    """loss and e = dE/dy from y and d, then delta = e * phi'."""
+    return Kernel(
+        "T v, T y, T d" + _arguments(loss_parameters, "loss") + _arguments(delta_parameters, "phi"),
+        "T loss, T delta",
+        f"T e; {_scope(loss_text, loss_parameters, 'loss')} {_scope(delta_text, delta_parameters, 'phi')}",
+        f"gpu_bp_{name}",
+        CUDA_FUNCTIONS,
+    )
+
+
+@functools.cache
+def fused_loss(name: str, text: str, parameters: tuple[str, ...]) -> Kernel:
+    """y, loss and delta from v and d."""
+    return Kernel(
+        "T v, T d" + _arguments(parameters, "loss"),
+        "T y, T loss, T delta",
+        _scope(text, parameters, "loss"),
+        f"gpu_bp_{name}",
+        CUDA_FUNCTIONS,
+    )
+
+
+ROW_WARPS = 4  # rows that a block of threads handles, each by one warp
+
+_ROW_FUNCTIONS = """
+template <typename S> __device__ inline S warp_sum(S x) {
+    for (int k = 16; k; k >>= 1) x += __shfl_xor_sync(0xffffffffu, x, k);
+    return x;
+}
+template <typename S> __device__ inline S warp_max(S x) {
+    for (int k = 16; k; k >>= 1) { const S other = __shfl_xor_sync(0xffffffffu, x, k); x = other > x ? other : x; }
+    return x;
+}
+"""
+
+
+def row_kernel_source(name: str, text: str, dtype: str, target_dtype: str) -> str:
+    """The source of a kernel in which one warp handles one row of n columns.
+
+    A float target is a row of n probabilities, an integer one is the class of the row.
+    """
+    indexed = target_dtype == "long long"
+    return f"""
+typedef {dtype} T;
+{CUDA_FUNCTIONS}{_ROW_FUNCTIONS}
+#define TARGET(j) ({"T(j == *target)" if indexed else "target[j]"})
+extern "C" __global__ void {name}(const int rows, const int n, const T* net_inputs, const {target_dtype}* targets,
+                                  T* outputs, T* losses, T* deltas) {{
+    const int lane = threadIdx.x % 32;
+    const int row = blockIdx.x * {ROW_WARPS} + threadIdx.x / 32;
+    if (row >= rows) return;  // a whole warp at a time
+    const long long first = (long long)row * n;
+    const T* v = net_inputs + first;
+    T* y = outputs + first;
+    const {target_dtype}* target = targets + {"row" if indexed else "first"};
+    T* loss = losses + row;
+    T* delta = deltas + first;
+    {text}
+}}
+"""
+
+
+@functools.cache
+def chunk_sums() -> Kernel:
+    """Chunk c of column j: the sum of x[r, j] over the rows r = c, c + chunks, c + 2 chunks, ..."""
+    return Kernel(
+        "raw T x, int64 rows, int64 columns, int64 chunks",
+        "T sum",
+        """
+        const long long column = i % columns;
+        T running = T(0);
+        for (long long row = i / columns; row < rows; row += chunks) running += x[row * columns + column];
+        sum = running;
+        """,
+        "gpu_bp_chunk_sums",
+    )
+
+
+@functools.cache
+def add_to_total() -> Kernel:
+    """total += the sum of a few values, in double: an epoch adds up more losses than a float can tell apart."""
+    return Kernel(
+        "raw T x, int64 n",
+        "float64 total",
+        "double sum = 0; for (long long k = 0; k < n; ++k) sum += x[k]; total += sum;",
+        "gpu_bp_add_to_total",
+    )
+
+
+@functools.cache
+def update(name: str, text: str, state: tuple[str, ...], scalars: tuple[str, ...]) -> Kernel:
+    """One step of an update rule; the scalars stand in an array, so that no kernel has one baked in."""
+    read = "".join(
+        f"const T {scalar} = {'i >= n_decayed ? T(0) : ' if scalar == 'weight_decay' else ''}scalars[{k}]; "
+        for k, scalar in enumerate(("scale", *scalars))
+    )
+    return Kernel(
+        "raw T scalars, T gradient, int64 n_decayed",
+        "T w" + "".join(f", T {array}" for array in state),
+        f"{read} const T g = scale * gradient; {text}",
+        f"gpu_bp_{name}",
+        CUDA_FUNCTIONS,
+    )
+
+
+# Random numbers and generated rows --------------------------------------------------------------------------
+
+
+@functools.cache
+def fill(normal: bool) -> Kernel:
+    """Elements of a stream, four a thread: `count` of them from lane `lane` of the block with the counter c0 .. c3 on."""
+    return Kernel(
+        "uint64 c0, uint64 c1, uint64 c2, uint64 c3, uint64 seed, uint64 purpose, int32 lane, int64 count",
+        "raw float64 out",
+        CUDA_FILL_NORMALS if normal else CUDA_FILL_UNIFORMS,
+        f"gpu_bp_{'normals' if normal else 'uniforms'}",
+        CUDA_RANDOM,
+    )
+
+
+def generate(program: Program, columns: Columns, name: str) -> tuple[tuple[str, ...], Kernel]:
+    """A formula at every row and column, and which stages and tables it reads, in the order of its arguments."""
+    arrays, body = trace(program, columns)
+    parameters = "".join(f", raw float64 array_{array}" for array in arrays)
+    return arrays, Kernel(
+        f"raw int64 rows, int64 first, uint64 seed{parameters}", "Y y", body, f"gpu_bp_generate_{name}", CUDA_RANDOM
+    )
+
+
+@functools.cache
+def count() -> Kernel:
+    """first, first + 1, ..."""
+    return Kernel("int64 first", "int64 y", "y = first + i", "gpu_bp_count")
+
+
+@functools.cache
+def permute(rounds: int) -> Kernel:
+    """The images of first, first + 1, ... under a permutation."""
+    keys = [f"k{k}" for k in range(rounds)]
+    return Kernel(
+        "uint64 first, uint64 n, uint64 a, uint64 b, " + ", ".join(f"uint64 {key}" for key in keys),
+        "int64 y",
+        f"const unsigned long long keys[{rounds}] = {{{', '.join(keys)}}}; y = permuted(first + i, n, a, b, keys);",
+        "gpu_bp_permute",
+        CUDA_SHUFFLE,
+    )

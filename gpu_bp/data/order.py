@@ -1,0 +1,64 @@
+"""Which row stands at which place of an epoch: a pure function of (sampling, seed, epoch), with no index array.
+
+"ordered": row i at place i. "shuffled": each row once, by a pseudo-random permutation of its own an epoch. "replacement":
+each place draws its row anew.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from gpu_bp.backends import Backend
+from gpu_bp.formula import Columns, Draws, Program
+from gpu_bp.registry import Permutations, Purpose
+from gpu_bp.spec import Array
+
+Sampling = Literal["shuffled", "ordered", "replacement"]
+
+# Places that are computed at once: enough that the calls of a short epoch cost nothing, few enough to fit the cache.
+CHUNK = 16384
+
+
+class Order:
+    """The order of the epochs of `n_rows` rows (drawn with replacement: of `length` places), on a backend.
+
+    `batch_size` is how many places are asked for at once, at most.
+    """
+
+    def __init__(
+        self, backend: Backend, sampling: Sampling, seed: int, n_rows: int, length: int, batch_size: int
+    ) -> None:
+        self._backend = backend
+        self._sampling = sampling
+        self._seed = seed
+        self._n_rows = n_rows
+        self._length = length
+        # one chunk of an epoch, or as many epochs as a chunk holds
+        self._chunk = min(length, batch_size * max(1, CHUNK // batch_size))
+        self._epochs = max(1, CHUNK // length) if self._chunk == length else 1
+        self._places = backend.zeros((self._epochs, self._chunk), np.int64)
+        self._held: tuple[int, int] | None = None  # the first epoch and place that stand in `_places`
+        draw = Draws(Purpose.ORDER, 1)
+        self._drawn = Program((Columns(1, lambda at: np.floor(at.uniform(draw, 0) * n_rows)),))
+
+    def rows(self, epoch: int, start: int, n: int) -> Array:
+        """The rows at the places start to start + n of an epoch: (n,) int64 on the device, until the next call."""
+        first = epoch - epoch % self._epochs, start - start % self._chunk
+        if first != self._held:
+            self._compute(*first)
+            self._held = first
+        place = start - first[1]
+        return self._places[epoch - first[0], place : place + n]
+
+    def _compute(self, epoch: int, start: int) -> None:
+        n = min(self._chunk, self._length - start)
+        for k in range(self._epochs if self._sampling != "shuffled" else 0):
+            places = self._places[k, :n]
+            self._backend.count(start, places)
+            if self._sampling == "replacement":
+                self._backend.generate(self._drawn, self._seed, (epoch + k) * self._length, places, (places,))
+        if self._sampling == "shuffled":
+            permutations = Permutations.of(self._seed, Purpose.ORDER, self._n_rows, epoch, self._epochs)
+            self._backend.permute(permutations, start, self._places[:, :n])

@@ -1,0 +1,208 @@
+"""The sources there are: rows of files (`FileSource`), of a formula (`GeneratedSource`), and on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gpu_bp.backends import Backend
+from gpu_bp.data.preparation import Coding, Preparation, check_targets
+from gpu_bp.data.source import BLOCK_ROWS, Batch, Reader, Rows, Source
+from gpu_bp.data.synthetic import Set
+from gpu_bp.errors import UserError
+from gpu_bp.formula import Columns, Place, Program
+from gpu_bp.spec import Array, Loss
+
+
+def put(values: np.ndarray, out: np.ndarray, what: str, first: int = 0) -> None:
+    """out = values (rows, n), finite numbers, cast.
+
+    Raises:
+        UserError: one is too large for out's dtype (which; `first` is the number of the first row).
+    """
+    with np.errstate(over="ignore"):
+        np.copyto(out, values, casting="unsafe")
+    if values.dtype != out.dtype and out.dtype.kind == "f" and not np.isfinite(out).all():
+        row, column = np.argwhere(~np.isfinite(out))[0]
+        raise UserError(
+            f"{what}, row {first + row}, column {column} (counting from 0): {values[row, column]:g} is too large for "
+            f"{out.dtype}; scale the data, or use train.precision = 'float64'"
+        )
+
+
+class FileSource(Source):
+    """Rows first to first + n of a reader, prepared."""
+
+    def __init__(
+        self, reader: Reader, first: int, n_rows: int, preparation: Preparation, coding: Coding, loss: Loss
+    ) -> None:
+        super().__init__(
+            n_rows,
+            reader.n_inputs,
+            coding.n_targets,
+            coding.task,
+            indexed=coding.indexed,
+            block_rows=reader.block_rows,
+        )
+        self._reader = reader
+        self._first = first
+        self._preparation = preparation
+        self._coding = coding
+        self._loss = loss
+
+    def fill(self, rows: Array, batch: Batch) -> None:
+        for start, end in runs(rows):
+            first = self._first + int(rows[start])
+            self._put(self._reader.read(first, end - start), first, batch.part(start, end))
+
+    def _put(self, read: Rows, first: int, batch: Batch) -> None:
+        put(self._preparation.inputs(read.inputs), batch.inputs, "inputs", first)
+        wanted = read.targets if read.labels is None else read.labels[:, None]
+        assert wanted is not None
+        if read.labels is None:
+            check_targets(wanted, self._loss, self._reader.where, first)
+        width = self._coding.width
+        put(self._coding.code(wanted, np.arange(width)[None]), batch.targets.reshape(-1, width), "targets", first)
+
+
+def runs(rows: np.ndarray) -> list[tuple[int, int]]:
+    """Start and end of each run of consecutive row numbers."""
+    starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1).tolist()
+    return list(zip(starts, [*starts[1:], len(rows)], strict=True))
+
+
+class GeneratedSource(Source):
+    """Rows first to first + n of a synthetic set, generated where they are asked for: on `backend`."""
+
+    def __init__(
+        self, backend: Backend, made: Set, seed: int, first: int, n_rows: int, preparation: Preparation, coding: Coding
+    ) -> None:
+        n_inputs = made.inputs.width
+        super().__init__(n_rows, n_inputs, coding.n_targets, coding.task, indexed=coding.indexed)
+        self.backend = backend
+        self._seed = seed
+        self._first = first
+        scaled = any(preparation.shift) or any(scale != 1 for scale in preparation.scale)
+        tables = dict(made.tables)
+        if scaled:
+            tables |= {"shift": np.array(preparation.shift), "scale": np.array(preparation.scale)}
+
+        def inputs(at: Place) -> Any:
+            x = made.inputs.formula(at)
+            return (x - at.table("shift", at.column)) / at.table("scale", at.column) if scaled else x
+
+        def targets(at: Place) -> Any:
+            return coding.code(made.target.formula(at), at.column)
+
+        outputs = (Columns(n_inputs, inputs), Columns(coding.width, targets))
+        self._program = Program(outputs, made.stages, tables)
+
+    def fill(self, rows: Array, batch: Batch) -> None:
+        self.backend.generate(self._program, self._seed, self._first, rows, (batch.inputs, batch.targets))
+
+
+class SetReader:
+    """A synthetic set as a reader: its rows as they are before scaling and coding, float64. See `Reader`."""
+
+    def __init__(self, backend: Backend, made: Set, seed: int, where: str, n_rows: int) -> None:
+        self._backend = backend
+        self._seed = seed
+        self.n_rows = n_rows
+        self.n_inputs = made.inputs.width
+        self.n_targets = made.target.width
+        self.classes = made.classes
+        self.block_rows = BLOCK_ROWS
+        self.where = where
+        self._program = Program((made.inputs, made.target), made.stages, made.tables)
+
+    def read(self, first: int, n: int) -> Rows:
+        backend, dtype = self._backend, np.int64 if self.classes else np.float64
+        rows = backend.zeros((n,), np.int64)
+        backend.count(0, rows)
+        outputs = (backend.zeros((n, self.n_inputs), np.float64), backend.zeros((n, self.n_targets), dtype))
+        backend.generate(self._program, self._seed, first, rows, outputs)
+        inputs, wanted = map(backend.to_host, outputs)
+        return Rows(inputs, labels=wanted[:, 0]) if self.classes else Rows(inputs, targets=wanted)
+
+
+class ResidentSource(Source):
+    """A source whose rows all lie on the device: `inputs` (n, n_inputs) and `targets`, as in a `Batch`."""
+
+    def __init__(self, backend: Backend, source: Source, dtype: Any) -> None:
+        super().__init__(
+            source.n_rows, source.n_inputs, source.n_targets, source.task, indexed=source.indexed, block_rows=1
+        )
+        self.backend = backend
+        whole = empty(backend, source, source.n_rows, dtype)
+        self.inputs, self.targets = whole.inputs, whole.targets
+        backend.count(0, whole.rows)
+        step = source.block_rows * max(1, 2**20 // (source.block_rows * (source.n_inputs + 1)))
+        loader = on_device(backend, source)
+        for start in range(0, self.n_rows, step):
+            part = whole.part(start, min(start + step, self.n_rows))
+            loader.fill(part.rows, part)
+
+    def fill(self, rows: Array, batch: Batch) -> None:
+        self.backend.gather(self.inputs, rows, batch.inputs)
+        self.backend.gather(self.targets, rows, batch.targets)
+
+
+class UploadedSource(Source):
+    """A source of the host, its rows copied to the device as they are asked for."""
+
+    def __init__(self, backend: Backend, source: Source) -> None:
+        super().__init__(
+            source.n_rows,
+            source.n_inputs,
+            source.n_targets,
+            source.task,
+            indexed=source.indexed,
+            block_rows=source.block_rows,
+        )
+        self.backend = backend
+        self._source = source
+
+    def fill(self, rows: Array, batch: Batch) -> None:
+        staging = Batch(*(self.backend.staging(array) for array in (batch.inputs, batch.targets, batch.rows)))
+        self._source.fill(self.backend.to_host(rows), staging)
+        self.backend.upload(staging.inputs, batch.inputs)
+        self.backend.upload(staging.targets, batch.targets)
+        self.backend.await_uploads()
+        self.backend.finish_uploads()  # the staging memory goes
+
+
+def on_device(backend: Backend, source: Source) -> Source:
+    """A source that fills batches of this backend."""
+    here = source.backend is backend or (source.backend is None and backend.name == "numpy")
+    return source if here else UploadedSource(backend, source)
+
+
+def empty(backend: Backend, source: Source, n: int, dtype: Any) -> Batch:
+    """A batch of n rows for a source, not yet filled, its numbers of that dtype."""
+    targets = backend.zeros((n,), np.int64) if source.indexed else backend.zeros((n, source.n_targets), dtype)
+    return Batch(backend.zeros((n, source.n_inputs), dtype), targets, backend.zeros((n,), np.int64))
+
+
+def settle(
+    backend: Backend, sources: Mapping[str, Source], residency: str, dtype: Any
+) -> tuple[dict[str, Source], str]:
+    """The sources, put on the device where that is asked for, or with "auto" where they fit; and a line that says it.
+
+    Raises:
+        UserError: they are to be put on the device and do not fit.
+    """
+    n_rows = sum(source.n_rows for source in sources.values())
+    item = np.dtype(dtype).itemsize
+    n_bytes = sum(s.n_rows * (s.n_inputs * item + (8 if s.indexed else s.n_targets * item)) for s in sources.values())
+    size = f"{n_rows:,} rows, {n_bytes / 2**20:,.{0 if n_bytes >= 2**20 else 3}f} MiB"
+    if residency == "host" or (residency == "auto" and n_bytes > backend.resident_bytes):
+        generated = sources["train"].backend is not None
+        why = "as asked" if residency == "host" else f"more than {backend.resident_bytes / 2**20:,.0f} MiB"
+        return dict(sources), f"data: {size}, {'generated' if generated else 'read'} as they are needed ({why})"
+    try:
+        kept: dict[str, Source] = {name: ResidentSource(backend, s, dtype) for name, s in sources.items()}
+    except MemoryError:  # CuPy's error is one too
+        raise UserError(f"data.residency: {size} do not fit on the device; use residency = 'host'") from None
+    return kept, f"data: {size}, on the device ({'as asked' if residency == 'device' else 'they fit'})"

@@ -1,0 +1,192 @@
+"""Shuffling rows that do not fit in memory, and reading them ahead of the steps.
+
+The rows lie in blocks of consecutive rows. An epoch takes the blocks in a pseudo-random order, some at a time: these
+are a *window*, which is read block by block into memory, and its rows are then taken in a pseudo-random order. So every
+row comes once, the disk is read by blocks, and any place of any epoch is found without the ones before it.
+
+How well it shuffles: two rows of one block always come within one window. Where the rows on disk are in no
+particular order that does not matter; where they are sorted, blocks must be small against the sorted parts.
+
+While the steps take rows from one window, a thread reads the next into the memory of the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpu_bp.backends import Backend
+from gpu_bp.data.order import Sampling
+from gpu_bp.data.source import Batch, Source
+from gpu_bp.data.sources import empty
+from gpu_bp.registry import Permutations, Purpose
+from gpu_bp.spec import Array
+
+WINDOW_BLOCKS = 64
+WINDOW_BYTES = 2**26  # of numbers of 8 bytes, so that the order does not depend on the precision
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How n rows are cut into blocks and windows, and in which order an epoch takes them."""
+
+    n_rows: int
+    rows: int  # a block; the last may have fewer
+    window: int  # blocks
+    sampling: Sampling
+    seed: int
+
+    @classmethod
+    def of(cls, source: Source, sampling: Sampling, seed: int, rows: int | None, window: int | None) -> Blocks:
+        """Blocks of so many rows and windows of so many blocks, or by default what suits the source."""
+        rows = min(rows or source.block_rows, source.n_rows)
+        fitting = WINDOW_BYTES // (8 * rows * (source.n_inputs + (1 if source.indexed else source.n_targets)))
+        window = min(window or max(1, min(WINDOW_BLOCKS, fitting)), -(-source.n_rows // rows))
+        return cls(source.n_rows, rows, window, sampling, seed)
+
+    @property
+    def count(self) -> int:
+        """Blocks in all."""
+        return -(-self.n_rows // self.rows)
+
+    @property
+    def windows(self) -> int:
+        """Windows an epoch."""
+        return -(-self.count // self.window)
+
+    @property
+    def window_rows(self) -> int:
+        """Rows of a window, at most."""
+        return min(self.n_rows, self.rows * self.window)
+
+    def _permutation(self, epoch: int) -> Permutations | None:
+        """Of the blocks; None where they keep their order. Within a single window the rows' order is enough."""
+        if self.sampling == "ordered" or self.windows == 1:
+            return None
+        return Permutations.of(self.seed, Purpose.ORDER, self.count, epoch)
+
+    def blocks(self, epoch: int, window: int) -> list[tuple[int, int]]:
+        """The ranges of rows of a window, as first row and number of rows: a range a block, or one for all in order."""
+        permutation = self._permutation(epoch)
+        if permutation is None:  # one range of rows
+            first = window * self.window * self.rows
+            return [(first, min(self.n_rows, first + self.window * self.rows) - first)]
+        numbers = np.arange(window * self.window, min((window + 1) * self.window, self.count))
+        taken = permutation(numbers)[0].tolist()
+        return [(b * self.rows, min(self.rows, self.n_rows - b * self.rows)) for b in taken]
+
+    def places(self, backend: Backend, epoch: int, window: int, out: Array) -> None:
+        """out (n,) int64 = the places within a window of n rows in the order in which they are taken."""
+        if self.sampling == "ordered":
+            backend.count(0, out)
+        else:
+            index = epoch * self.windows + window
+            backend.permute(Permutations.of(self.seed, Purpose.WINDOWS, len(out), index), 0, out.reshape(1, -1))
+
+    def find(self, epoch: int, place: int) -> tuple[int, int]:
+        """The window in which a place of an epoch lies, and its number within it."""
+        full = self.rows * self.window
+        permutation, last = self._permutation(epoch), self.count - 1
+        short = last if permutation is None else int(permutation.inverse(np.array([last]))[0, 0])
+        lacking = self.count * self.rows - self.n_rows  # rows that the last block, wherever it comes, has less
+        window = place // full
+        if place >= (short // self.window + 1) * full - lacking:
+            window, place = (place + lacking) // full, place + lacking
+        return window, place - window * full
+
+
+class Slot:
+    """The memory of one window: on the device, and where it is filled, which for rows of the host is on the host."""
+
+    def __init__(self, backend: Backend, source: Source, n: int, dtype: Any) -> None:
+        self.device = empty(backend, source, n, dtype)
+        here = source.backend is backend
+        arrays = (self.device.inputs, self.device.targets, self.device.rows)
+        self.filled = self.device if here else Batch(*map(backend.staging, arrays))
+        self.blocks: list[tuple[int, int]] = []  # that it holds, or is about to
+        self.reading: Future[None] | None = None
+
+
+class Windows:
+    """The windows of a source, one after the other, on the device.
+
+    Rows of files, or of whatever else lives on the host, are read ahead by a thread; generated ones are made in place.
+    """
+
+    def __init__(self, backend: Backend, source: Source, blocks: Blocks, dtype: Any) -> None:
+        self._blocks = blocks
+        self._backend = backend
+        self._source = source
+        ahead = source.backend is None and blocks.windows > 1
+        self._slots = [Slot(backend, source, blocks.window_rows, dtype) for _ in range(2 if ahead else 1)]
+        self._thread = ThreadPoolExecutor(1, "gpu_bp-reader") if ahead else None
+        self._places = backend.zeros((blocks.window_rows,), np.int64)
+
+    def from_place(self, epoch: int, place: int) -> Iterator[tuple[Batch, Array]]:
+        """From a place of an epoch to the epoch's end, window by window: its rows, and where in it those to come stand.
+
+        Each is valid until the next is asked for.
+        """
+        window, skipped = self._blocks.find(epoch, place)
+        while window < self._blocks.windows:
+            slot = self._ask_for(epoch, window)
+            self._finish(slot)
+            if self._thread is not None:
+                self._ask_for(*divmod(epoch * self._blocks.windows + window + 1, self._blocks.windows))
+            n = sum(rows for _, rows in slot.blocks)
+            places = self._places[:n]
+            self._blocks.places(self._backend, epoch, window, places)
+            yield slot.device.part(0, n), places[skipped:]
+            window, skipped = window + 1, 0
+
+    def upload_what_is_read(self) -> None:
+        """Begins to copy windows that have been read meanwhile to the device; called now and then."""
+        for slot in self._slots:
+            if slot.reading is not None and slot.reading.done():
+                self._finish(slot)
+
+    def _ask_for(self, epoch: int, window: int) -> Slot:
+        """The slot of a window, which is being read into it if it is not there."""
+        slot = self._slots[(epoch * self._blocks.windows + window) % len(self._slots)]
+        blocks = self._blocks.blocks(epoch, window)
+        if blocks != slot.blocks:
+            self._finish(slot)  # an epoch that was left early may still be reading
+            self._backend.finish_uploads()
+            slot.blocks = blocks
+            if self._thread is not None:
+                slot.reading = self._thread.submit(self._read, slot)
+            else:
+                self._read(slot)
+                self._upload(slot)
+        return slot
+
+    def _read(self, slot: Slot) -> None:
+        start = 0
+        for first, n in slot.blocks:
+            part = slot.filled.part(start, start + n)
+            if slot.filled is slot.device:
+                self._backend.count(first, part.rows)
+            else:
+                part.rows[:] = np.arange(first, first + n)
+            self._source.fill(part.rows, part)
+            start += n
+
+    def _finish(self, slot: Slot) -> None:
+        if slot.reading is not None:
+            reading, slot.reading = slot.reading, None
+            try:
+                reading.result()
+            except BaseException:
+                slot.blocks = []
+                raise
+            self._upload(slot)
+
+    def _upload(self, slot: Slot) -> None:
+        if slot.filled is not slot.device:
+            for name in ("inputs", "targets", "rows"):
+                self._backend.upload(getattr(slot.filled, name), getattr(slot.device, name))
+            self._backend.await_uploads()
