@@ -26,6 +26,7 @@ from gpu_bp.config import Config
 from gpu_bp.config_file import load_config
 from gpu_bp.data import load_data
 from gpu_bp.errors import UserError
+from gpu_bp.generate import generate as generate_shards
 from gpu_bp.gradcheck import TOLERANCE, check_gradients
 from gpu_bp.model import Model
 from gpu_bp.progress import watch
@@ -151,6 +152,26 @@ def predict(
         with part.open("wb") as stream:
             np.save(stream, np.stack(values, axis=1).astype(np.float64), allow_pickle=False)
     part.replace(out)
+
+
+@app.command()
+def generate(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder: a new one, or one to go on with.")],
+    overrides: OverridesArgument = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="By default all rows of the config.")] = None,
+    file_format: Annotated[str, typer.Option("--format", help="npy or parquet.")] = "npy",
+    dtype: Annotated[str, typer.Option(help="float64 or float32.")] = "float64",
+    shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows a file; by default about 64 MiB.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> None:
+    """Write a config's synthetic rows into a folder of shards; run again, it goes on where it was stopped."""
+    console = _Console(quiet=quiet, highlight=False)
+    parsed = load_config(config, overrides or [])
+    with _Signals():
+        generate_shards(
+            parsed, out, rows=rows, file_format=file_format, dtype=dtype, shard_rows=shard_rows, console=console
+        )
 
 
 @app.command("check-gradients")

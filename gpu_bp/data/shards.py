@@ -1,2 +1,253 @@
+"""Shard folders: rows in files of about 64 MiB, written by `write_shards` and read by `ShardReader`."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpu_bp.data.shard_files import shard_files
+from gpu_bp.data.shard_manifest import AGAIN, MANIFEST, Manifest, Shard, ShardFile
+from gpu_bp.data.source import BLOCK_ROWS, Reader, Rows
+from gpu_bp.errors import UserError, unknown
+
+FILE_FORMATS = ("npy", "parquet")
+DTYPES = ("float64", "float32")
+SHARD_BYTES = 64 * 2**20
+BLOCK_BYTES = 2**20
+
+
 class ShardReader:
-    def __init__(self, path): ...
+    """The rows of a shard folder: a `Reader`.
+
+    Opening looks at the manifest, and whether every file is there with its size. A file's checksum is verified once,
+    when a shard is first read from. Threads may read at the same time; they take turns.
+
+    Raises:
+        UserError: not a shard folder, one that is incomplete, a file that is missing or of another size.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = manifest = Manifest.read(self.folder)
+        if manifest.finished_rows < manifest.rows:
+            raise UserError(
+                f"{folder} is incomplete: it has {manifest.finished_rows} of {manifest.rows} rows; {AGAIN} to finish it"
+            )
+        self._files = shard_files(manifest, self.folder)
+        for index, shard in enumerate(manifest.shards):
+            if tuple(file.name for file in shard.files) != self._files.names(index):
+                raise UserError(f"{self.folder / MANIFEST}: shard {index} must be in {self._files.names(index)}")
+            for file in shard.files:
+                _check_size(self.folder / file.name, file)
+        self._verified: set[int] = set()
+        self._lock = threading.Lock()
+        self.n_rows = manifest.rows
+        self.n_inputs = manifest.n_inputs
+        self.n_targets = manifest.n_targets
+        self.classes = manifest.classes
+        self.block_rows = manifest.block_rows
+        self.where = str(folder)
+
+    def read(self, first: int, n: int) -> Rows:
+        """The n rows from number `first` on, in new arrays of the folder's dtype.
+
+        Raises:
+            UserError: a file was changed, or cannot be read.
+            IndexError: there are no such rows.
+        """
+        m = self.manifest
+        if not 0 <= first <= first + n <= m.rows:
+            raise IndexError(f"rows {first} to {first + n} of {m.rows}")
+        inputs = np.empty((n, m.n_inputs), m.dtype)
+        wanted = np.empty(n, np.int64) if m.classes else np.empty((n, m.n_targets), m.dtype)
+        done = 0
+        with self._lock:
+            while done < n:
+                index, start = divmod(first + done, m.shard_rows)
+                end = min(n, done + m.shards[index].rows - start)
+                self._read(index, start, inputs[done:end], wanted[done:end])
+                done = end
+        return Rows(inputs, labels=wanted) if m.classes else Rows(inputs, targets=wanted)
+
+    def _read(self, index: int, start: int, inputs: np.ndarray, wanted: np.ndarray) -> None:
+        try:
+            if index not in self._verified:
+                for file in self.manifest.shards[index].files:
+                    _check_sum(self.folder / file.name, file)
+                self._verified.add(index)
+            self._files.read(index, start, inputs, wanted)
+        except OSError as error:
+            raise UserError(f"{error.filename or self.folder}: {error.strerror or error}") from None
+
+
+def write_shards(
+    reader: Reader,
+    folder: str | Path,
+    *,
+    rows: int,
+    config: Mapping[str, Any],
+    file_format: str = "npy",
+    dtype: str = "float64",
+    shard_rows: int | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> int:
+    """Writes the first `rows` rows of a reader as a shard folder, or what is missing in one that was begun.
+
+    A block of rows is held in memory at a time. Wherever it ends, the folder is valid, and the same call goes on.
+
+    Args:
+        reader: where the rows come from.
+        folder: a new or empty folder, or one that was begun with the same arguments.
+        rows: how many there will be.
+        config: plain data that identify the rows, for the manifest.
+        file_format: "npy" or "parquet".
+        dtype: "float64" or "float32", of inputs and targets.
+        shard_rows: rows a shard; by default about 64 MiB.
+        progress: is given the number of rows that are written, at first and after every block; where any are missing.
+
+    Returns:
+        How many rows were written now: 0 where the folder was complete.
+
+    Raises:
+        UserError: the folder holds something else, a number is not finite (which row), the disk is full (what is
+            safe, and how to go on), Parquet without pyarrow, or an unknown format or dtype.
+    """
+    folder = Path(folder)
+    manifest = _planned(reader, rows, dict(config), file_format, dtype, shard_rows)
+    files = shard_files(manifest, folder)
+    begun = _begun(folder, manifest)
+    shards = {shard.first // manifest.shard_rows: shard for shard in begun}
+    manifest = manifest.model_copy(update={"shards": begun})
+    before = done = manifest.finished_rows
+    if done == rows:
+        return 0
+    progress(done)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.part"):
+            leftover.unlink()
+        manifest.write(folder)
+        for index in range(manifest.n_shards):
+            if index in shards:
+                continue
+            first, n = manifest.plan(index)
+            written = files.write(index, _blocks(reader, first, n, manifest, progress, done))
+            shards[index] = Shard(first=first, rows=n, files=written)
+            listed = manifest.model_copy(update={"shards": tuple(shards[k] for k in sorted(shards))})
+            listed.write(folder)
+            manifest, done = listed, listed.finished_rows
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: {(error.strerror or str(error)).lower()}; {done} of {rows} rows are safe, "
+            "run the same command again to go on"
+        ) from None
+    return rows - before
+
+
+def _planned(
+    reader: Reader, rows: int, config: dict[str, Any], file_format: str, dtype: str, shard_rows: int | None
+) -> Manifest:
+    """The manifest of a folder that is to be begun."""
+    if file_format not in FILE_FORMATS:
+        raise unknown("file format", file_format, FILE_FORMATS)
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    if not 1 <= rows <= reader.n_rows:
+        raise UserError(f"{reader.where} has {reader.n_rows} rows; {rows} of them cannot be written")
+    item = np.dtype(dtype).itemsize
+    row_bytes = reader.n_inputs * item + (8 if reader.classes else reader.n_targets * item)
+    block_rows = min(BLOCK_ROWS, max(1, BLOCK_BYTES // row_bytes))
+    if shard_rows is None:  # whole blocks
+        shard_rows = max(1, SHARD_BYTES // row_bytes // block_rows) * block_rows
+    return Manifest.model_validate(
+        {
+            "config": config,
+            "rows": rows,
+            "dtype": dtype,
+            "n_inputs": reader.n_inputs,
+            "n_targets": reader.n_targets,
+            "classes": tuple(reader.classes),
+            "file_format": file_format,
+            "shard_rows": shard_rows,
+            "block_rows": block_rows,
+        }
+    )
+
+
+def _begun(folder: Path, planned: Manifest) -> tuple[Shard, ...]:
+    """The shards of the plan that are in the folder; one that lost a file, or part of it, is to be written again."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another folder")
+    if not (folder / MANIFEST).exists():
+        # a first manifest may have been left half written
+        if folder.exists() and any(path.name != MANIFEST + ".part" for path in folder.iterdir()):
+            raise UserError(f"{folder} has other files in it and no {MANIFEST}; choose another folder")
+        return ()
+    begun = Manifest.read(folder)
+    planned.refuse_other(begun, folder)
+    return tuple(shard for shard in begun.shards if _is_whole(folder, shard))
+
+
+def _is_whole(folder: Path, shard: Shard) -> bool:
+    try:
+        for file in shard.files:
+            _check_size(folder / file.name, file)
+    except UserError:
+        return False
+    return True
+
+
+def _blocks(
+    reader: Reader, first: int, n: int, manifest: Manifest, progress: Callable[[int], None], done: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The n rows from number `first` on as they go into files: inputs and labels or targets, block by block."""
+    for start in range(0, n, manifest.block_rows):
+        count = min(manifest.block_rows, n - start)
+        rows = reader.read(first + start, count)
+        inputs = _finite(rows.inputs, manifest.dtype, reader.where, first + start)
+        if manifest.classes:
+            wanted = np.ascontiguousarray(rows.labels, np.int64)
+        else:
+            assert rows.targets is not None
+            wanted = _finite(rows.targets, manifest.dtype, reader.where, first + start)
+        yield inputs, wanted
+        progress(done + start + count)
+
+
+def _finite(numbers: np.ndarray, dtype: str, where: str, first: int) -> np.ndarray:
+    with np.errstate(over="ignore"):  # becomes infinity, which is refused
+        result = np.ascontiguousarray(numbers, dtype)
+    finite = np.isfinite(result)
+    if not finite.all():
+        row = first + int(np.argwhere(~finite)[0][0])
+        raise UserError(f"{where}, row {row} (counting from 0): a NaN or infinity as {dtype}")
+    return result
+
+
+def _check_size(path: Path, file: ShardFile) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {AGAIN} to restore it") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if size != file.bytes:
+        what = "truncated" if size < file.bytes else "too long"
+        raise UserError(f"{path} is {what}: {size} bytes, {MANIFEST} says {file.bytes}; {AGAIN} to restore it")
+
+
+def _check_sum(path: Path, file: ShardFile) -> None:
+    _check_size(path, file)
+    crc32, buffer = 0, memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as stream:
+        while n := stream.readinto(buffer):
+            crc32 = zlib.crc32(buffer[:n], crc32)
+    if crc32 != file.crc32:
+        raise UserError(
+            f"{path} was changed: its checksum is not the one in {MANIFEST}; delete it and {AGAIN} to restore it"
+        )
