@@ -10,7 +10,7 @@ import numpy as np
 
 from gpu_bp import Config, Trainer, load_config
 from gpu_bp.backends import Backend
-from gpu_bp.config import TableData
+from gpu_bp.config_data import TableData
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = tuple(sorted((ROOT / "configs").glob("*.toml")))

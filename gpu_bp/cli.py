@@ -107,6 +107,7 @@ def train(
     console.print(why, markup=False, soft_wrap=True)
     with _Signals() as signals:
         result = train_run(parsed, backend=chosen, run=run, watch=watch(console), interrupted=signals.interrupted)
+    console.print(f"data: {result.summary['data']}", markup=False, soft_wrap=True)
     for name, metrics in _splits(result.summary):
         console.print(_sentence(name, metrics), markup=False, soft_wrap=True)
     if signals.number:
@@ -163,14 +164,24 @@ def generate(
     file_format: Annotated[str, typer.Option("--format", help="npy or parquet.")] = "npy",
     dtype: Annotated[str, typer.Option(help="float64 or float32.")] = "float64",
     shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows a file; by default about 64 MiB.")] = None,
+    backend: BackendOption = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
     """Write a config's synthetic rows into a folder of shards; run again, it goes on where it was stopped."""
     console = _Console(quiet=quiet, highlight=False)
     parsed = load_config(config, overrides or [])
+    chosen, why = select(backend)
+    console.print(why, markup=False, soft_wrap=True)
     with _Signals():
         generate_shards(
-            parsed, out, rows=rows, file_format=file_format, dtype=dtype, shard_rows=shard_rows, console=console
+            parsed,
+            out,
+            backend=chosen,
+            rows=rows,
+            file_format=file_format,
+            dtype=dtype,
+            shard_rows=shard_rows,
+            console=console,
         )
 
 

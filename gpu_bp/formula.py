@@ -82,7 +82,7 @@ class Program:
     stages: Mapping[str, Columns] = field(default_factory=dict)
     tables: Mapping[str, np.ndarray] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """The widest of its arrays."""
         return max(columns.width for columns in (*self.stages.values(), *self.outputs))

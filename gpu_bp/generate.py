@@ -6,20 +6,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gpu_bp.config import ArrayData, Config, DoubleMoon, Encoder, Linear, TableData, Xor
-from gpu_bp.data import synthetic
+from gpu_bp.backends import Backend
+from gpu_bp.config import Config
+from gpu_bp.config_data import Synthetic
 from gpu_bp.data.shard_manifest import Manifest
 from gpu_bp.data.shards import write_shards
-from gpu_bp.data.source import BLOCK_ROWS, Reader, Rows
+from gpu_bp.data.sources import SetReader
+from gpu_bp.data.synthetic import Set, make_set
 from gpu_bp.errors import UserError
 
 # Keys of a data section that do not change what row i is.
-NOT_OF_ROWS = {"rows", "validation_rows", "test_rows", "scaling"}
+NOT_OF_ROWS = {"rows", "validation_rows", "test_rows", "scaling", "residency", "block_rows", "window_blocks"}
 INTERVAL = 0.5  # seconds between two looks at the progress
 
 
@@ -27,6 +29,7 @@ def generate(
     config: Config,
     folder: Path,
     *,
+    backend: Backend,
     rows: int | None = None,
     file_format: str = "npy",
     dtype: str = "float64",
@@ -38,9 +41,10 @@ def generate(
     Raises:
         UserError: the data are not synthetic, or as `write_shards`.
     """
-    rows = all_rows(config) if rows is None else rows
-    reader = generated_reader(config, rows)
-    identity = {"seed": config.seed, "data": config.data.model_dump(exclude=NOT_OF_ROWS)}
+    made, rows = _set(config), all_rows(config) if rows is None else rows
+    reader = SetReader(backend, made, config.seed, config.data.kind, rows)
+    # the backends' normals differ in their last places
+    identity = {"seed": config.seed, "data": config.data.model_dump(exclude=NOT_OF_ROWS), "backend": backend.name}
     try:
         with _watch(console, rows) as progress:
             written = write_shards(
@@ -68,50 +72,14 @@ def generate(
 def all_rows(config: Config) -> int:
     """Training, validation and test rows of a config of synthetic data."""
     data = config.data
-    if isinstance(data, TableData | ArrayData):
-        raise UserError(f"data.kind is {data.kind}, whose rows are in files already; only synthetic data are generated")
-    n_train = (data.rows or data.size) if isinstance(data, Encoder) else data.rows
-    return n_train + data.validation_rows + data.test_rows
+    return _set(config).n_rows + data.validation_rows + data.test_rows
 
 
-def generated_reader(config: Config, n_rows: int) -> Reader:
-    """The first n_rows rows of a config's synthetic data."""
-    all_rows(config)  # refuses data in files
-    return _Generated(config, n_rows)
-
-
-class _Generated:
-    """Synthetic rows as a `Reader`."""
-
-    block_rows = BLOCK_ROWS
-
-    def __init__(self, config: Config, n_rows: int) -> None:
-        self._config = config
-        self.n_rows = n_rows
-        self.where: str = config.data.kind
-        row = self._generate(0, 1)
-        self.n_inputs = row.inputs.shape[1]
-        self.n_targets = 1 if row.targets is None else row.targets.shape[1]
-        self.classes = row.classes
-
-    def read(self, first: int, n: int) -> Rows:
-        rows = self._generate(first, n)
-        return Rows(rows.inputs, rows.targets, rows.labels)
-
-    def _generate(self, first: int, n: int) -> synthetic.Rows:
-        data, seed = self._config.data, self._config.seed
-        match data:
-            case DoubleMoon():
-                parameters = {"radius": data.radius, "width": data.width, "distance": data.distance}
-                return synthetic.double_moon(seed, first, n, **parameters)
-            case Xor():
-                return synthetic.xor(first, n)
-            case Encoder():
-                return synthetic.encoder(first, n, size=data.size)
-            case Linear():
-                sizes = {"n_inputs": data.n_inputs, "n_targets": data.n_targets}
-                return synthetic.linear(seed, first, n, **sizes, noise=data.noise)
-        raise AssertionError(data)
+def _set(config: Config) -> Set:
+    data = config.data
+    if not isinstance(data, get_args(Synthetic)):
+        raise UserError(f"data.kind is {data.kind}, whose rows are not generated; only synthetic data are")
+    return make_set(data, config.seed)
 
 
 @contextmanager

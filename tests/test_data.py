@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_bp import Batches, Dataset, ResidentSource, UserError, load_data, parse_config
+from gpu_bp import Dataset, UserError, load_data, parse_config
 from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.data import synthetic
-from gpu_bp.data.batches import order
+
 from gpu_bp.data.preparation import Preparation, fit_scaling
 from gpu_bp.data.task import Metrics, Task
 

@@ -14,10 +14,12 @@ from conftest import ROOT
 from rich.console import Console
 
 from gpu_bp import UserError, load_config
+from gpu_bp.backends import NumpyBackend
 from gpu_bp.cli import main
 from gpu_bp.data.shard_manifest import Manifest, PartFile
 from gpu_bp.data.shards import FILE_FORMATS, ShardReader
-from gpu_bp.data.synthetic import double_moon
+from gpu_bp.data.sources import SetReader
+from gpu_bp.data.synthetic import make_set
 from gpu_bp.generate import generate
 
 MOON = ROOT / "configs/double-moon.toml"
@@ -55,6 +57,7 @@ def test_generate(cli: Cli, file_format: str) -> None:
     assert Manifest.read(Path("moon")).config == {
         "seed": 0,
         "data": {"kind": "double-moon", "radius": 10.0, "width": 6.0, "distance": -4.0},
+        "backend": "numpy",
     }
     assert "bytes; all were there, nothing to do" in cli(*arguments)[1]
     next(Path("moon").glob("*-00001*")).unlink()
@@ -62,7 +65,8 @@ def test_generate(cli: Cli, file_format: str) -> None:
     assert cli(MOON, "--rows", 100, "-o", "quiet", "--quiet") == (0, "", "")
     rows, others = (ShardReader(folder).read(0, 100) for folder in ("quiet", "moon"))
     np.testing.assert_array_equal(rows.inputs, others.inputs)
-    moon = double_moon(0, 0, 100, radius=10.0, width=6.0, distance=-4.0)
+    config = load_config(MOON)
+    moon = SetReader(NumpyBackend(), make_set(config.data, 0), 0, "moon", 100).read(0, 100)
     np.testing.assert_array_equal(rows.inputs, moon.inputs)
     np.testing.assert_array_equal(rows.labels, moon.labels)
 
@@ -77,7 +81,7 @@ def test_generate_each_kind(cli: Cli, name: str, rows: int, n_inputs: int, n_tar
 def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=100)
-    generate(load_config(MOON), tmp_path / "moon", console=console)
+    generate(load_config(MOON), tmp_path / "moon", backend=NumpyBackend(), console=console)
     assert "3,000/3,000 rows" in text.getvalue()
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from gpu_bp.registry import Purpose, normals, permutation, uniforms
+from gpu_bp.registry import Purpose, normals, uniforms
 
 
 @given(st.integers(0, 2**63 - 1), st.sampled_from(Purpose), st.integers(0, 300), st.integers(0, 300))
@@ -45,12 +45,3 @@ def test_normals_are_normal(start: int) -> None:
     z = normals(1, Purpose.NOISE, start, 200_001)
     assert stats.kstest(z, "norm").pvalue > 0.01
     assert abs(np.corrcoef(z[:-1], z[1:])[0, 1]) < 0.01
-
-
-@given(st.integers(0, 5), st.integers(1, 200))
-def test_permutations_hold_every_row_once(index: int, n: int) -> None:
-    np.testing.assert_array_equal(np.sort(permutation(0, Purpose.ORDER, index, n)), np.arange(n))
-
-
-def test_epochs_have_their_own_order() -> None:
-    assert (permutation(0, Purpose.ORDER, 0, 100) != permutation(0, Purpose.ORDER, 1, 100)).any()

@@ -44,6 +44,7 @@ class Made:
         self.n_inputs = n_inputs
         self.n_targets = 1 if labels else 2
         self.classes: tuple[str, ...] = ("no", "yes", "perhaps") if labels else ()
+        self.binary = False
 
     def read(self, first: int, n: int) -> Rows:
         row = np.arange(first, first + n, dtype=np.float64)[:, None]

@@ -190,7 +190,7 @@ def update(name: str, text: str, state: tuple[str, ...], scalars: tuple[str, ...
 
 @functools.cache
 def fill(normal: bool) -> Kernel:
-    """Elements of a stream, four a thread: `count` of them from lane `lane` of the block with the counter c0 .. c3 on."""
+    """Elements of a stream, four a thread: `count` of them from lane `lane` of the block with counter c0 .. c3 on."""
     return Kernel(
         "uint64 c0, uint64 c1, uint64 c2, uint64 c3, uint64 seed, uint64 purpose, int32 lane, int64 count",
         "raw float64 out",

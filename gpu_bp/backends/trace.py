@@ -147,7 +147,8 @@ class Trace:
 def trace(program: Program, columns: Columns) -> tuple[tuple[str, ...], str]:
     """Which stages and tables a formula reads, and the body of the kernel that computes `y`, its value at element i.
 
-    The body reads `rows` and `first`, which make the row numbers, `seed`, and each array under its name with `array_` before it.
+    The body reads `rows` and `first`, which make the row numbers, `seed`, and each array under its name with `array_`
+    before it.
     """
     place = Trace(program)
     value, _ = place._operand(columns.formula(place))

@@ -93,6 +93,7 @@ def load_data(config: Config, preparation: Preparation | None = None, *, backend
         columns = preparation.columns if preparation else None
         columns = columns or _fit_columns(table, data, loss)
         return _from_files(TableReader(table, columns), data, loss, preparation, columns)
+    assert isinstance(data, OwnData)
     raise UserError("data.kind is own: these data are sources that are given from Python, to gpu_bp.train")
 
 
@@ -122,7 +123,9 @@ def _from_files(
     reader: Reader, data: Any, loss: Loss, preparation: Preparation | None, columns: Columns | None = None
 ) -> Dataset:
     n_train = _n_train(reader.n_rows, data, reader.where)
-    coding = code_labels(reader.classes, loss) if reader.classes else code_targets(reader.n_targets, False, loss)
+    coding = (
+        code_labels(reader.classes, loss) if reader.classes else code_targets(reader.n_targets, reader.binary, loss)
+    )
     if preparation is None:
         scaling = ((), ()) if columns else fit_scaling(reader, n_train, data.scaling)
         preparation = Preparation(coding.task, columns, *scaling)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpu_bp.data.source import BLOCK_ROWS, Rows
+from gpu_bp.data.source import Rows, block_rows_for
 from gpu_bp.errors import UserError
 
 
@@ -109,7 +109,8 @@ class ArrayReader:
         self.n_inputs = inputs.width
         self.n_targets = targets.width
         self.classes = tuple(str(k) for k in range(n_classes))
-        self.block_rows = BLOCK_ROWS
+        self.binary = False
+        self.block_rows = block_rows_for(self.n_inputs + self.n_targets)
         self.where = str(targets.path)
 
     def read(self, first: int, n: int) -> Rows:

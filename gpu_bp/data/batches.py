@@ -16,8 +16,8 @@ class Batches:
     """The batches of a source, epoch after epoch.
 
     Rows that lie on the device, or are generated there in order, come straight from the source; others by windows
-    (see `windows.py`), in blocks of `block_rows` and `window_blocks` of these a window. With sampling "replacement" every batch
-    is full; else each row comes once an epoch, and the last batch may be shorter.
+    (see `windows.py`), in blocks of `block_rows` and `window_blocks` of these a window. With sampling "replacement"
+    every batch is full; else each row comes once an epoch, and the last batch may be shorter.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Which row stands at which place of an epoch: a pure function of (sampling, seed, epoch), with no index array.
 
-"ordered": row i at place i. "shuffled": each row once, by a pseudo-random permutation of its own an epoch. "replacement":
-each place draws its row anew.
+"ordered": row i at place i. "shuffled": each row once, by a pseudo-random permutation of its own an epoch.
+"replacement": each place draws its row anew.
 """
 
 from __future__ import annotations

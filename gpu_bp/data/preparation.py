@@ -183,14 +183,14 @@ def code_labels(classes: tuple[str, ...], loss: Loss) -> Coding:
 
 
 def code_targets(n_targets: int, binary: bool, loss: Loss) -> Coding:
-    """The coding of targets that are numbers, which keeps them, and the task that follows; `binary`: they are 0 and 1."""
+    """The coding of targets that are numbers, which keeps them; `binary`: they are 0 and 1."""
     if loss.targets == "real":
         return Coding(Task("half" if binary else "none"), n_targets)
     return Coding(Task("half" if loss.targets == "unit" else "argmax"), n_targets)
 
 
 def check_targets(targets: np.ndarray, loss: Loss, where: str, first: int) -> None:
-    """Raises UserError where targets (rows, n) do not fit the loss (which row, `first` being the first one's number)."""
+    """Raises UserError where targets (rows, n) do not fit the loss (which row; `first` is the first one's number)."""
     if loss.targets == "real":
         return
     outside = (targets < 0) | (targets > 1)

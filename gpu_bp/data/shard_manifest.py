@@ -54,7 +54,8 @@ class Manifest(_Record):
 
     `config` is plain data that identifies what was generated. `rows` are planned in all; the folder is complete
     once the shards have as many. Inputs and targets are numbers of `dtype`. With `classes`, a row's target is a
-    label, int64, and n_targets is 1. `block_rows` are written together, and best read together.
+    label, int64, and n_targets is 1; `binary` targets are 0 and 1. `block_rows` are written together, and best read
+    together.
     """
 
     format: Literal[1] = 1
@@ -64,6 +65,7 @@ class Manifest(_Record):
     n_inputs: int = Field(ge=1)
     n_targets: int = Field(ge=1)
     classes: tuple[str, ...]
+    binary: bool
     file_format: Literal["npy", "parquet"]
     shard_rows: int = Field(ge=1)
     block_rows: int = Field(ge=1)

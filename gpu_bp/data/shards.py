@@ -12,13 +12,12 @@ import numpy as np
 
 from gpu_bp.data.shard_files import shard_files
 from gpu_bp.data.shard_manifest import AGAIN, MANIFEST, Manifest, Shard, ShardFile
-from gpu_bp.data.source import BLOCK_ROWS, Reader, Rows
+from gpu_bp.data.source import Reader, Rows, block_rows_for
 from gpu_bp.errors import UserError, unknown
 
 FILE_FORMATS = ("npy", "parquet")
 DTYPES = ("float64", "float32")
 SHARD_BYTES = 64 * 2**20
-BLOCK_BYTES = 2**20
 
 
 class ShardReader:
@@ -50,6 +49,7 @@ class ShardReader:
         self.n_inputs = manifest.n_inputs
         self.n_targets = manifest.n_targets
         self.classes = manifest.classes
+        self.binary = manifest.binary
         self.block_rows = manifest.block_rows
         self.where = str(folder)
 
@@ -161,7 +161,7 @@ def _planned(
         raise UserError(f"{reader.where} has {reader.n_rows} rows; {rows} of them cannot be written")
     item = np.dtype(dtype).itemsize
     row_bytes = reader.n_inputs * item + (8 if reader.classes else reader.n_targets * item)
-    block_rows = min(BLOCK_ROWS, max(1, BLOCK_BYTES // row_bytes))
+    block_rows = block_rows_for(reader.n_inputs + reader.n_targets)
     if shard_rows is None:  # whole blocks
         shard_rows = max(1, SHARD_BYTES // row_bytes // block_rows) * block_rows
     return Manifest.model_validate(
@@ -172,6 +172,7 @@ def _planned(
             "n_inputs": reader.n_inputs,
             "n_targets": reader.n_targets,
             "classes": tuple(reader.classes),
+            "binary": reader.binary,
             "file_format": file_format,
             "shard_rows": shard_rows,
             "block_rows": block_rows,

@@ -19,8 +19,13 @@ from gpu_bp.spec import Array
 if TYPE_CHECKING:
     from gpu_bp.backends import Backend
 
-# Rows that are read together where a reader has no wish of its own.
 BLOCK_ROWS = 1024
+BLOCK_BYTES = 2**20  # of numbers of 8 bytes, whatever they are in the file
+
+
+def block_rows_for(width: int) -> int:
+    """How many rows of so many numbers are read together where nothing speaks for another number."""
+    return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (8 * width)))
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,15 @@ class Reader(Protocol):
     """Rows as they stand in files, by number.
 
     `classes` names the classes of labels, and is empty where targets are numbers; `n_targets` is then how many a
-    row has (1 for labels). `block_rows` are best read together. `where` the rows come from is said in errors.
+    row has (1 for labels), and `binary` says that they are 0 and 1. `block_rows` are best read together. `where` the
+    rows come from is said in errors.
     """
 
     n_rows: int
     n_inputs: int
     n_targets: int
     classes: tuple[str, ...]
+    binary: bool
     block_rows: int
     where: str
 

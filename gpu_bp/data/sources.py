@@ -9,7 +9,7 @@ import numpy as np
 
 from gpu_bp.backends import Backend
 from gpu_bp.data.preparation import Coding, Preparation, check_targets
-from gpu_bp.data.source import BLOCK_ROWS, Batch, Reader, Rows, Source
+from gpu_bp.data.source import Batch, Reader, Rows, Source, block_rows_for
 from gpu_bp.data.synthetic import Set
 from gpu_bp.errors import UserError
 from gpu_bp.formula import Columns, Place, Program
@@ -80,7 +80,8 @@ class GeneratedSource(Source):
         self, backend: Backend, made: Set, seed: int, first: int, n_rows: int, preparation: Preparation, coding: Coding
     ) -> None:
         n_inputs = made.inputs.width
-        super().__init__(n_rows, n_inputs, coding.n_targets, coding.task, indexed=coding.indexed)
+        block_rows = block_rows_for(n_inputs + made.target.width)
+        super().__init__(n_rows, n_inputs, coding.n_targets, coding.task, indexed=coding.indexed, block_rows=block_rows)
         self.backend = backend
         self._seed = seed
         self._first = first
@@ -113,7 +114,8 @@ class SetReader:
         self.n_inputs = made.inputs.width
         self.n_targets = made.target.width
         self.classes = made.classes
-        self.block_rows = BLOCK_ROWS
+        self.binary = made.binary
+        self.block_rows = block_rows_for(self.n_inputs + self.n_targets)
         self.where = where
         self._program = Program((made.inputs, made.target), made.stages, made.tables)
 

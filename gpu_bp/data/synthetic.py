@@ -6,6 +6,7 @@ target. Training, validation and test rows are consecutive ranges of row numbers
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -245,7 +246,7 @@ def teacher(data: Teacher, seed: int) -> Set:
     """A random tanh network without biases, its weights normal of variance 1 / n_in, plus normal noise."""
     widths = [data.n_inputs, *data.hidden, data.n_targets]
     stages, tables, start = {"inputs": _of_variance_1(data.n_inputs, data.distribution)}, {}, 0
-    for layer, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for layer, (n_in, n_out) in enumerate(itertools.pairwise(widths)):
         tables[f"weights{layer}"] = _weights(seed, start, n_out, n_in)
         start += n_out * n_in
     names = ["inputs", *(f"hidden{layer}" for layer in range(len(data.hidden)))]

@@ -280,6 +280,7 @@ class TableReader:
         self.n_inputs = self._inputs.shape[1]
         self.n_targets = 1 if self.classes else self._wanted.shape[1]
         self.block_rows = 1024
+        self.binary = False
         self.where = f"{table.path}, {', '.join(c.name for c in columns.targets)}"
 
     def read(self, first: int, n: int) -> Any:
