@@ -10,9 +10,10 @@ import numpy as np
 from gpu_bp.config import ArrayData, Config, Data, DataSection, DoubleMoon, Encoder, Linear, TableData, Xor
 from gpu_bp.data import synthetic
 from gpu_bp.data.arrays import read_pair
+from gpu_bp.data.columns import Columns
 from gpu_bp.data.preparation import Preparation, code_labels, code_targets, fit_scaling
 from gpu_bp.data.synthetic import Rows
-from gpu_bp.data.table import Columns, Table
+from gpu_bp.data.table_reader import TableReader, open_table
 from gpu_bp.data.task import Task
 from gpu_bp.errors import UserError
 from gpu_bp.spec import Loss
@@ -111,8 +112,8 @@ def _read_arrays(data: ArrayData, loss: Loss, preparation: Preparation | None) -
 
 
 def _load_table(data: TableData, loss: Loss, preparation: Preparation | None) -> Dataset:
-    table = Table(Path(data.path))
-    n_train = _n_train(len(table), data, data.path)
+    table = open_table(Path(data.path))
+    n_train = _n_train(table.n_rows, data, data.path)
     columns = preparation.columns if preparation else None
     columns = columns or Columns.fit(
         table,
@@ -123,13 +124,10 @@ def _load_table(data: TableData, loss: Loss, preparation: Preparation | None) ->
         standardised=data.standardise_columns,
         standardise_targets=loss.targets == "real",
     )
-    inputs, classes = columns.encode_inputs(table), columns.classes
-    if classes:
-        rows = Rows(inputs, labels=columns.class_indices(table), classes=classes)
-    else:
-        rows = Rows(inputs, targets=columns.encode_targets(table))
-    where = f"{data.path}, {', '.join(data.target_columns)}"
-    return _dataset(rows, n_train, data, loss, where, preparation, columns)
+    reader = TableReader(table, columns)
+    read = reader.read(0, reader.n_rows)
+    rows = Rows(read.inputs, targets=read.targets, labels=read.labels, classes=reader.classes)
+    return _dataset(rows, n_train, data, loss, reader.where, preparation, columns)
 
 
 def _n_train(n_rows: int, data: DataSection, where: str) -> int:
