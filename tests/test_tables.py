@@ -1,35 +1,26 @@
-"""Tables larger than memory: where csv files are cut, both parsers, Parquet, statistics, and the rows of a reader."""
+"""Tables larger than memory: where csv files are cut, both parsers, broken files, and statistics."""
 
 from __future__ import annotations
 
 import csv
-import decimal
 import io
-import math
 import sys
-import threading
-import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_bp import UserError, load_data, parse_config
-from gpu_bp.data import csv_table, parquet_table
+from gpu_bp import UserError
+from gpu_bp.data import csv_table
 from gpu_bp.data.columns import Categorical, Columns, Numeric
 from gpu_bp.data.csv_table import CsvTable
-from gpu_bp.data.preparation import Preparation
-from gpu_bp.data.source import Reader
 from gpu_bp.data.table import Table
-from gpu_bp.data.table_reader import TableReader, open_table
-from gpu_bp.data.task import Task
+from gpu_bp.data.table_reader import TableReader
 
 FIELDS = st.text(st.sampled_from("a1,;\"'\n\r é\x1c\u2028\ufeff\0"), max_size=6)
 NUMBERS = st.text(st.sampled_from("0123456789+-.eE_ nainfx\t\u00a0٣"), min_size=1, max_size=9)
@@ -193,6 +184,11 @@ def test_what_is_plain_goes_through_pyarrow(path: Path, monkeypatch: pytest.Monk
     assert [values[code] for code in codes] == ["x", "y\nz"]
 
 
+def test_without_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert csv_table._arrow.__wrapped__() is None
+
+
 def test_a_field_too_large_for_one_parser_is_for_both(path: Path) -> None:
     path.write_text("a,b\n" + "1,2\n" * 4096 + "x" * 131073 + ",2\n")
     table = CsvTable(path)
@@ -252,108 +248,6 @@ def test_a_file_that_changes_while_it_is_read(path: Path) -> None:
         table.chunk(0)
 
 
-# Parquet -------------------------------------------------------------------------------------------------------
-
-
-def parquet(folder: Path, columns: dict[str, Any], size: int = 3) -> Path:
-    """A Parquet file with `size` rows a row group."""
-    pq.write_table(pa.table(columns), folder / "t.parquet", row_group_size=size)
-    return folder / "t.parquet"
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        pa.array([3, 1, 2, 2**53 + 1, -5], pa.int64()),
-        pa.array([3, 1, 2, 2**64 - 1, 0], pa.uint64()),
-        pa.array([0.1, -0.0, 1e300, 5e-324, 2.5]),
-        pa.array([0.1, 1e-7, 3, 4, 5], pa.float32()),
-        pa.array(np.array([0.5, 1, 2, 3, 4], np.float16)),
-        pa.array([True, False, True, True, False]),
-        pa.array([decimal.Decimal("1.25"), *map(decimal.Decimal, range(4))]),
-        pa.array([" 1.5", "2", "3e2", "1", "2"]),
-        pa.array(["1", "2", "2", "1", "2"]).dictionary_encode(),
-        pa.array(["1", "2", "2", "1", "2"], pa.large_string()),
-    ],
-    ids=lambda values: str(values.type),
-)
-def test_parquet_columns(tmp_path: Path, values: pa.Array) -> None:
-    """Numbers as numbers and as categories, in Python's way of writing them; text as both."""
-    table = open_table(parquet(tmp_path, {"x.y": values, "i": range(5)}))
-    chunks = [table.chunk(k) for k in range(2)]
-    numbers = np.concatenate([chunk.numbers("x.y") for chunk in chunks])
-    assert numbers.dtype == np.float64
-    assert numbers.tolist() == [float(value) for value in values.to_pylist()]
-    text = [str(value).strip() for value in values.to_pylist()]
-    assert [field for chunk in chunks for field in chunk.text("x.y")] == text
-    coded = [chunk.coded("x.y") for chunk in chunks]
-    assert [values[code] for values, codes in coded for code in codes] == text
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        (pa.array([1, 2, 3, None, 5]), "row 3 (counting from 0), column x: the value is null"),
-        (pa.array(["1", "2", "3", "4", None]), "row 4 (counting from 0), column x: the value is null"),
-        (pa.array(["a", "b", None]).dictionary_encode(), "row 2 (counting from 0), column x: the value is null"),
-        (pa.array([1, 2, 3, 4, math.nan]), "row 4 (counting from 0), column x: nan is not a finite number"),
-        (pa.array([1, -math.inf, 3]), "row 1 (counting from 0), column x: -inf is not a finite number"),
-        (pa.array(["1", "2", "3", "four"]), "row 3 (counting from 0), column x: 'four' is not a number"),
-        (pa.array(["1", "2", "3", " "]), "row 3 (counting from 0), column x: the field is empty"),
-        (pa.array([[1, 2], [3]]), "column x: numbers or text are needed, not list<"),
-        (pa.array([{"a": 1}]), "column x: numbers or text are needed, not struct<"),
-        (pa.array([1], pa.timestamp("s")), "column x: numbers or text are needed, not timestamp"),
-    ],
-    ids=lambda value: "" if isinstance(value, str) else str(value.type),
-)
-def test_parquet_that_is_refused(tmp_path: Path, values: pa.Array, message: str) -> None:
-    table = open_table(parquet(tmp_path, {"y": range(len(values)), "x": values}))
-    with pytest.raises(UserError) as caught:
-        TableReader(table, Columns((Numeric("y"), Numeric("x")), ())).read(0, table.n_rows)
-    assert str(caught.value).startswith(f"{tmp_path / 't.parquet'}, {message}")
-    assert "\n" not in str(caught.value)
-    if "number" not in message:  # a fault of a category too
-        with pytest.raises(UserError, match="column x: "):
-            Columns.fit(table, table.n_rows, targets=["y"], categorical=["x"])
-    TableReader(table, Columns((Numeric("y"),), ())).read(0, table.n_rows)  # what is not used may be anything
-
-
-def test_files_that_are_not_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = parquet(tmp_path, {"x": np.arange(1000.0), "y": np.arange(1000.0)}, 100)
-    whole = path.read_bytes()
-    for broken in (b"", b"a,b\n1,2\n", whole[:-20], whole[:100]):
-        path.write_bytes(broken)
-        with pytest.raises(UserError, match=r"^[^\n]*t.parquet is not a Parquet file, or not a whole one: [^\n]*$"):
-            open_table(path)
-    path.write_bytes(whole[:4] + bytes(200) + whole[204:])
-    with pytest.raises(UserError, match=r"^[^\n]*t.parquet, rows 0 to 99, column x: [^\n]*$"):
-        open_table(path).chunk(0).numbers("x")
-    with pytest.raises(UserError, match="unknown column 'z'"):
-        open_table(path).chunk(0).numbers("z")
-    pq.write_table(pa.table([pa.array([1]), pa.array([2])], names=["x", "x"]), path)
-    with pytest.raises(UserError, match="t.parquet: the column 'x' is there twice"):
-        open_table(path)
-    pq.write_table(pa.table({"x": pa.array([], pa.int64())}), path)
-    with pytest.raises(UserError, match="t.parquet has no rows"):
-        open_table(path)
-    path.unlink()
-    with pytest.raises(UserError, match="no file .*t.parquet"):
-        open_table(path)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"needs pyarrow: pip install 'gpu_bp\[table\]'"):
-        open_table(path)
-
-
-def test_empty_row_groups(tmp_path: Path) -> None:
-    empty, full = pa.table({"x": pa.array([], pa.int64())}), pa.table({"x": [1, 2]})
-    with pq.ParquetWriter(tmp_path / "T.PARQUET", full.schema) as writer:
-        for part in (empty, full, empty, full, empty):
-            writer.write_table(part)
-    table = open_table(tmp_path / "T.PARQUET")
-    assert table.starts.tolist() == [0, 2, 4]
-    assert TableReader(table, Columns((Numeric("x"),), ())).read(1, 2).inputs.tolist() == [[2], [1]]
-
-
 # statistics and categories -------------------------------------------------------------------------------------
 
 
@@ -404,118 +298,3 @@ def test_categories_of_the_training_rows(path: Path) -> None:
         whole = Columns.fit(table, 1401, targets=["b"], categorical=["a"]).inputs[0]
     assert isinstance(whole, Categorical)
     assert whole.categories == tuple(sorted({*map(str, range(700)), "x"}))
-
-
-# the reader ----------------------------------------------------------------------------------------------------
-
-
-def write_table(path: Path, n: int) -> None:
-    """n rows: a number, a category of three, and a target; as csv or Parquet."""
-    columns = {"x": [k / 7 for k in range(n)], "kind": [f"k{k % 3}" for k in range(n)], "y": [k * k for k in range(n)]}
-    if path.suffix == ".parquet":
-        pq.write_table(pa.table(columns), path, row_group_size=7)
-    else:
-        rows = "".join(f"{x!r},{kind},{y}\n" for x, kind, y in zip(*columns.values(), strict=True))
-        path.write_text("x,kind,y\n" + rows)
-
-
-@pytest.fixture(scope="module", params=[".csv", ".parquet"])
-def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Table:
-    """A table of 40 rows in chunks of at most 7."""
-    path = tmp_path_factory.mktemp("reader") / f"t{request.param}"
-    write_table(path, 40)
-    with small_chunks(100, 7):
-        return open_table(path)
-
-
-@given(first=st.integers(0, 40), n=st.integers(0, 40))
-def test_a_reader_reads_any_rows(table: Table, first: int, n: int) -> None:
-    columns = Columns.fit(table, 30, targets=["y"], categorical=["kind"])
-    reader: Reader = TableReader(table, columns)
-    n = min(n, 40 - first)
-    assert (reader.n_rows, reader.n_inputs, reader.n_targets, reader.classes) == (40, 4, 1, ())
-    assert reader.block_rows == np.diff(table.starts).max() <= 7
-    assert reader.where == f"{table.path}, y"
-    k = np.arange(first, first + n)
-    rows = reader.read(first, n)
-    assert rows.targets is not None
-    assert rows.labels is None
-    assert rows.inputs.dtype == rows.targets.dtype == np.float64
-    train = np.arange(30)
-    inputs = np.column_stack([(k / 7 - (train / 7).mean()) / (train / 7).std(), np.eye(3)[k % 3]])
-    np.testing.assert_allclose(rows.inputs, inputs, rtol=1e-12, atol=1e-15)
-    squares = train.astype(float) ** 2
-    np.testing.assert_allclose(rows.targets[:, 0], (k**2 - squares.mean()) / squares.std(), rtol=1e-12, atol=1e-15)
-    labels = TableReader(table, Columns.fit(table, 30, targets=["kind"], categorical=["kind"]))
-    assert (labels.classes, labels.n_targets) == (("k0", "k1", "k2"), 1)
-    rows = labels.read(first, n)
-    assert rows.targets is None
-    np.testing.assert_array_equal(rows.labels, k % 3)
-
-
-def test_a_chunk_is_parsed_once(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read in parts that fit no chunk, by several threads at once."""
-    columns = Columns.fit(table, 40, targets=["y"], categorical=["kind"])
-    asked: list[int] = []
-    chunk = table.chunk
-    monkeypatch.setattr(table, "chunk", lambda k: asked.append(k) or chunk(k))  # type: ignore[func-returns-value]
-    reader = TableReader(table, columns)
-    whole = TableReader(table, columns).read(0, 40).inputs
-    asked.clear()
-    failed: list[int] = []
-
-    def read(first: int) -> None:
-        if not np.array_equal(reader.read(first, 3).inputs, whole[first : first + 3]):
-            failed.append(first)
-
-    for first in range(0, 37, 2):
-        threads = [threading.Thread(target=read, args=(first,)) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not failed
-    assert asked == list(range(len(table.starts) - 1))
-
-
-@pytest.mark.parametrize("arrow", [True, False])
-def test_memory_is_bounded_by_the_chunk(path: Path, arrow: bool) -> None:
-    """Opening, fitting and reading a file of 3 MB takes a small multiple of a chunk."""
-    n, size = 120_000, 2**15
-    path.write_text("x,kind,y\n" + "".join(f"{k / 7!r},k{k % 3},{k}\n" for k in range(n)))
-    assert path.stat().st_size > 3e6
-    CsvTable(path).chunk(0).numbers("x")  # so that pyarrow is imported
-    with small_chunks(size), nullcontext() if arrow else without_pyarrow():
-        tracemalloc.start()
-        table = open_table(path)
-        reader = TableReader(table, Columns.fit(table, n, targets=["y"], categorical=["kind"]))
-        for first in range(0, n, 1000):
-            reader.read(first, 1000)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak < 40 * size
-
-
-def test_predict_takes_either_kind(tmp_path: Path) -> None:
-    write_table(tmp_path / "t.csv", 20)
-    write_table(tmp_path / "t.parquet", 20)
-    table = open_table(tmp_path / "t.csv")
-    fitted = Preparation(Task("none"), Columns.fit(table, 15, targets=["y"], categorical=["kind"]))
-    expected = fitted.read(tmp_path / "t.csv")
-    assert expected.shape == (20, 4)
-    np.testing.assert_array_equal(fitted.read(tmp_path / "t.parquet"), expected)
-    arrays = Preparation(Task("none"), None, (1.0, 2.0), (3.0, 4.0))
-    pq.write_table(pa.table({"x2": [6.0, 2.0], "x1": [1.0, 4.0]}), tmp_path / "x.parquet")
-    assert arrays.read(tmp_path / "x.parquet").tolist() == [[0, 1], [1, 0]]
-
-
-def test_training_data_in_parquet(tmp_path: Path, tiny_config: Any) -> None:
-    """The same dataset as from csv."""
-    inputs = []
-    for kind in (".csv", ".parquet"):
-        write_table(tmp_path / f"t{kind}", 20)
-        section = {"kind": "table", "path": str(tmp_path / f"t{kind}"), "target_columns": ["y"], "test_rows": 5}
-        data = load_data(parse_config({**tiny_config(), "data": {**section, "categorical_columns": ["kind"]}}))
-        inputs.append(data.splits["train"].inputs)
-    np.testing.assert_allclose(inputs[0], inputs[1], rtol=1e-12)
-    assert parquet_table.ParquetTable(tmp_path / "t.parquet").n_rows == 20
