@@ -1,4 +1,4 @@
-"""The rows of a table as inputs and targets: any range, each chunk parsed once, memory; what training and predict read."""
+"""The rows of a table as inputs and targets: any range, each chunk parsed once, in bounded memory."""
 
 from __future__ import annotations
 

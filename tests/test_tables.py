@@ -189,6 +189,13 @@ def test_without_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert csv_table._arrow.__wrapped__() is None
 
 
+def test_a_byte_order_mark_before_a_chunk(path: Path) -> None:
+    """Within a file it is text, for both parsers."""
+    path.write_text("a,b\nx,1\n\ufeffx,2\n")
+    with small_chunks(1):
+        assert [CsvTable(path).chunk(k).coded("a")[0] for k in range(2)] == [["x"], ["\ufeffx"]]
+
+
 def test_a_field_too_large_for_one_parser_is_for_both(path: Path) -> None:
     path.write_text("a,b\n" + "1,2\n" * 4096 + "x" * 131073 + ",2\n")
     table = CsvTable(path)

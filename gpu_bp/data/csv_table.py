@@ -157,17 +157,13 @@ def pieces(path: Path) -> Iterator[Piece]:
             wanted = max(CHUNK_BYTES, len(block))  # doubled as long as no row ends
             more = file.read(wanted)
             block, last = block + more, len(more) < wanted
-            lines, rows = _ends(path, block, line, last)
             done = 0
-            for part in _parts(rows, header):
+            for part in _parts(_row_ends(path, block, line, last), header):
                 header = False
                 end = int(part[-1])
                 yield Piece(start + done, start + end, len(part), line)
                 line += _count_lines(block[done:end])
                 done = end
-            if len(lines):  # blank lines at the end belong to no chunk
-                line += _count_lines(block[done : lines[-1]])
-                done = int(lines[-1])
             start, block = start + done, block[done:]
         if header:
             raise UserError(f"{path} is empty; a header and rows are needed")
@@ -213,10 +209,10 @@ def _names(path: Path, rows: list[list[str]]) -> list[str]:
     return names
 
 
-def _ends(path: Path, block: bytes, line: int, last: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Where the lines outside quotes end in a block that starts with a row: all of them, and those not blank.
+def _row_ends(path: Path, block: bytes, line: int, last: bool) -> np.ndarray:
+    """Where the rows end, which are the lines outside quotes but blank ones, in a block that starts with a row.
 
-    `last`: the file ends with the block, and so does its last line.
+    `last`: the file ends with the block, and so does its last row.
     """
     text = np.frombuffer(block, np.uint8)
     ending = feed = text == ord("\n")
@@ -238,7 +234,7 @@ def _ends(path: Path, block: bytes, line: int, last: bool) -> tuple[np.ndarray, 
         ends = np.append(ends, len(block))
     begins = np.append(0, ends)[:-1]
     blank = feed[begins] | returned[begins]
-    return ends, ends[~blank]
+    return np.asarray(ends[~blank])
 
 
 def _quoted(block: bytes) -> np.ndarray:
