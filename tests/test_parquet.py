@@ -62,6 +62,7 @@ def test_parquet_columns(tmp_path: Path, values: pa.Array) -> None:
         (pa.array([1, 2, 3, 4, math.nan]), "row 4 (counting from 0), column x: nan is not a finite number"),
         (pa.array([1, -math.inf, 3]), "row 1 (counting from 0), column x: -inf is not a finite number"),
         (pa.array(["1", "2", "3", "four"]), "row 3 (counting from 0), column x: 'four' is not a number"),
+        (pa.array(["1", "x"]).dictionary_encode(), "row 1 (counting from 0), column x: 'x' is not a number"),
         (pa.array(["1", "2", "3", " "]), "row 3 (counting from 0), column x: the field is empty"),
         (pa.array([[1, 2], [3]]), "column x: numbers or text are needed, not list<"),
         (pa.array([{"a": 1}]), "column x: numbers or text are needed, not struct<"),

@@ -121,6 +121,11 @@ def test_predict_takes_either_kind(tmp_path: Path) -> None:
     expected = fitted.read(tmp_path / "t.csv")
     assert expected.shape == (20, 4)
     np.testing.assert_array_equal(fitted.read(tmp_path / "t.parquet"), expected)
+    # the target column may be missing, numbers or classes
+    (tmp_path / "x.csv").write_text("x\n" + "".join(f"{k / 7!r}\n" for k in range(20)))
+    for target, dropped in (("y", "kind"), ("kind", "y")):
+        columns = Columns.fit(table, 15, targets=[target], dropped=[dropped], categorical=["kind"])
+        np.testing.assert_array_equal(Preparation(Task("none"), columns).read(tmp_path / "x.csv"), expected[:, :1])
     arrays = Preparation(Task("none"), None, (1.0, 2.0), (3.0, 4.0))
     pq.write_table(pa.table({"x2": [6.0, 2.0], "x1": [1.0, 4.0]}), tmp_path / "x.parquet")
     assert arrays.read(tmp_path / "x.parquet").tolist() == [[0, 1], [1, 0]]
