@@ -131,7 +131,7 @@ def evaluate(run: RunArgument, backend: BackendOption = "auto", as_json: JsonOpt
 @app.command()
 def predict(
     run: RunArgument,
-    file: Annotated[Path, typer.Argument(help="Raw rows: .csv with a header, or .npy.")],
+    file: Annotated[Path, typer.Argument(help="Raw rows: .csv with a header, .parquet or .npy.")],
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="A .csv or .npy file; by default csv, printed.")
     ] = None,

@@ -195,10 +195,10 @@ class SineMixture(DataSection):
 
 
 class TableData(DataSection):
-    """A csv file with a header, or a Parquet file."""
+    """A csv file with a header, or a Parquet file, of any size."""
 
     kind: Literal["table"]
-    path: str = Field(description="the file, relative to the working folder")
+    path: str = Field(description="the .csv or .parquet file, relative to the working folder")
     target_columns: Annotated[list[str], Field(min_length=1)] = Field(description="what is to be predicted")
     drop_columns: list[str] = Field([], description="columns that are not inputs")
     categorical_columns: list[str] = Field([], description="columns that become one input a category (or the class)")

@@ -76,7 +76,7 @@ class Model:
         return cls(network, preparation)
 
     def predict(self, path: Path) -> tuple[list[str], list[np.ndarray]]:
-        """Predictions for the raw rows of a .csv or .npy file: names and columns.
+        """Predictions for the raw rows of a .csv, .parquet or .npy file: names and columns.
 
         Regression: the outputs in raw units. Classification: `class`, then an output or probability a class.
         """

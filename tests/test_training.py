@@ -47,7 +47,7 @@ def test_run_folder(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None
     assert (summary["steps"], summary["rows"]) == (14, 100)  # 2 epochs of 50 rows in batches of 8
     assert summary["rows_per_second"] == pytest.approx(100 / summary["seconds"])
     for name in ("train", "validation", "test"):
-        assert set(summary[name]) == {"loss", "errors", "accuracy"}
+        assert set(summary[name]) == {"rows", "loss", "errors", "accuracy"}
     lines = lines_of(run)
     assert [(line["epoch"], line["step"], line["rows"]) for line in lines] == [(1, 7, 50), (2, 14, 100)]
     assert {"seconds", "learning_rate", "train_loss", "validation_loss", "validation_errors"} <= set(lines[0])

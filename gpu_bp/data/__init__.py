@@ -13,12 +13,14 @@ from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.config import Config
 from gpu_bp.config_data import ArrayData, DataSection, OwnData, ShardData, Synthetic, TableData
 from gpu_bp.data.arrays import ArrayReader, NpyFile
+from gpu_bp.data.columns import Columns
 from gpu_bp.data.preparation import Preparation, code_labels, code_targets, fit_scaling
 from gpu_bp.data.shards import ShardReader
 from gpu_bp.data.source import Reader, Source
 from gpu_bp.data.sources import FileSource, GeneratedSource, SetReader, empty
 from gpu_bp.data.synthetic import make_set
-from gpu_bp.data.table import Columns, Table, TableReader
+from gpu_bp.data.table import Table
+from gpu_bp.data.table_reader import TableReader, open_table
 from gpu_bp.data.task import Task
 from gpu_bp.errors import UserError
 from gpu_bp.spec import Loss
@@ -89,7 +91,7 @@ def load_data(config: Config, preparation: Preparation | None = None, *, backend
     if isinstance(data, ShardData):
         return _from_files(ShardReader(Path(data.path)), data, loss, preparation)
     if isinstance(data, TableData):
-        table = Table(Path(data.path))
+        table = open_table(Path(data.path))
         columns = preparation.columns if preparation else None
         columns = columns or _fit_columns(table, data, loss)
         return _from_files(TableReader(table, columns), data, loss, preparation, columns)
@@ -161,7 +163,7 @@ def _arrays(data: ArrayData, loss: Loss, preparation: Preparation | None) -> Arr
 def _fit_columns(table: Table, data: TableData, loss: Loss) -> Columns:
     return Columns.fit(
         table,
-        _n_train(len(table), data, data.path),
+        _n_train(table.n_rows, data, data.path),
         targets=data.target_columns,
         dropped=data.drop_columns,
         categorical=data.categorical_columns,

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from gpu_bp.data.arrays import read_inputs
+from gpu_bp.data.columns import Columns, Numeric
 from gpu_bp.data.source import Reader
-from gpu_bp.data.table import Columns, Numeric, Table
+from gpu_bp.data.table_reader import TableReader, open_table
 from gpu_bp.data.task import Task
 from gpu_bp.errors import UserError
 from gpu_bp.spec import Loss
@@ -44,25 +45,28 @@ class Preparation:
         return [name for column in self.columns.inputs for name in column.names()]
 
     def read(self, path: Path) -> np.ndarray:
-        """The network's inputs from a .csv or .npy file of raw rows, as `predict` takes them.
+        """The network's inputs from a .csv, .parquet or .npy file of raw rows, as `predict` takes them.
 
         Raises:
             UserError: another kind of file, or one that does not fit what the network was trained on.
         """
         kind = path.suffix.lower()
-        if kind not in (".csv", ".npy"):
-            raise UserError(f"{path}: a .csv or .npy file is needed")
-        if self.columns is not None:
-            if kind == ".npy":
-                raise UserError(f"{path}: this network was trained on a table; give a .csv file with its columns")
-            return self.columns.encode_inputs(Table(path))
+        if kind not in (".csv", ".parquet", ".npy"):
+            raise UserError(f"{path}: a .csv or .npy file is needed, or a .parquet one")
         if kind == ".npy":
+            if self.columns is not None:
+                raise UserError(
+                    f"{path}: this network was trained on a table; give a .csv file (or .parquet) of the same"
+                )
             raw = read_inputs(path, "inputs")
         else:
-            table, wanted = Table(path), self.input_names()
-            names = wanted if set(wanted) <= set(table.names) else table.names  # by name, or else in their order
-            raw = np.stack([table.numbers(name) for name in names], axis=1)
-        if raw.shape[1] != len(self.shift):
+            table, columns = open_table(path), self.columns
+            if columns is None:
+                wanted = self.input_names()
+                names = wanted if set(wanted) <= set(table.names) else table.names  # by name, or else in their order
+                columns = Columns(tuple(map(Numeric, names)), ())
+            raw = TableReader(table, columns, targets=False).read(0, table.n_rows).inputs
+        if self.columns is None and raw.shape[1] != len(self.shift):
             raise UserError(f"{path} has {raw.shape[1]} columns, this network takes {len(self.shift)} inputs")
         return self.inputs(raw)
 
