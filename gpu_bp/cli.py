@@ -170,13 +170,11 @@ def generate(
     """Write a config's synthetic rows into a folder of shards; run again, it goes on where it was stopped."""
     console = _Console(quiet=quiet, highlight=False)
     parsed = load_config(config, overrides or [])
-    chosen, why = select(backend)
-    console.print(why, markup=False, soft_wrap=True)
     with _Signals():
         generate_shards(
             parsed,
             out,
-            backend=chosen,
+            backend=select(backend)[0],
             rows=rows,
             file_format=file_format,
             dtype=dtype,

@@ -78,7 +78,7 @@ def all_rows(config: Config) -> int:
 def _set(config: Config) -> Set:
     data = config.data
     if not isinstance(data, get_args(Synthetic)):
-        raise UserError(f"data.kind is {data.kind}, whose rows are not generated; only synthetic data are")
+        raise UserError(f"data.kind is {data.kind}; only synthetic data are generated")
     return make_set(data, config.seed)
 
 

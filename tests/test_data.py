@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_bp import Dataset, UserError, load_data, parse_config
+from gpu_bp import Batch, Batches, Config, Dataset, ResidentSource, Source, UserError, load_data, parse_config
 from gpu_bp.backends import Backend, NumpyBackend
-from gpu_bp.data import synthetic
-
+from gpu_bp.data.arrays import ArrayReader, NpyFile
+from gpu_bp.data.order import Order
 from gpu_bp.data.preparation import Preparation, fit_scaling
 from gpu_bp.data.task import Metrics, Task
 
@@ -30,6 +30,14 @@ TABLE = """id,colour,size,weight,price
 """
 
 
+def load_all(config: Config, preparation: Preparation | None = None) -> Dataset:
+    """The data of a config, every row read once: files are looked at where rows are asked for."""
+    dataset = load_data(config, preparation)
+    for name in dataset.sources:
+        dataset.rows(name)
+    return dataset
+
+
 def load_table(
     tiny_config: Tiny, path: Path, text: str | bytes = TABLE, loss: str = "squared_error", **data: Any
 ) -> Dataset:
@@ -37,53 +45,20 @@ def load_table(
     section = {"kind": "table", "path": str(path), "target_columns": ["price"], "drop_columns": ["id"]}
     section |= {"categorical_columns": ["colour"], **data}
     config = tiny_config(loss={"kind": loss})
-    return load_data(parse_config({**config, "data": section}))
+    return load_all(parse_config({**config, "data": section}))
 
 
 # synthetic ---------------------------------------------------------------------------------------------------
 
 
-@given(st.floats(4, 20), st.floats(0.5, 7), st.floats(-9, 9), st.integers(0, 10**12))
-def test_double_moon_lies_on_its_rings(radius: float, width: float, distance: float, start: int) -> None:
-    rows = synthetic.double_moon(1, start, 50, radius=radius, width=width, distance=distance)
-    assert rows.labels is not None
-    upper = rows.inputs[rows.labels == 1]
-    lower = rows.inputs[rows.labels == 0] * [1, -1] - [radius, distance]
-    assert len(upper) == len(lower) == 25
-    for moon in (upper, lower):
-        r = np.hypot(*moon.T)
-        assert (np.abs(r - radius) <= width / 2 + 1e-9).all()
-        assert (moon[:, 1] >= -1e-9).all()
-
-
-def test_rows_are_functions_of_their_number() -> None:
-    for make in (
-        lambda start, n: synthetic.double_moon(3, start, n, radius=10, width=6, distance=-4),
-        lambda start, n: synthetic.linear(3, start, n, n_inputs=5, n_targets=2, noise=0.1),
-        synthetic.xor,
-        lambda start, n: synthetic.encoder(start, n, size=6),
-    ):
-        whole, part = make(0, 40), make(17, 9)
-        np.testing.assert_array_equal(part.inputs, whole.inputs[17:26])
-        if whole.targets is not None:
-            # the same row; the product behind it may round differently in another block of rows
-            np.testing.assert_allclose(part.targets, whole.targets[17:26], rtol=1e-13)
-
-
-def test_linear_noise_is_what_it_says() -> None:
-    rows = synthetic.linear(0, 0, 20_000, n_inputs=4, n_targets=1, noise=0.25)
-    residual = np.linalg.lstsq(rows.inputs, rows.targets, rcond=None)[1]
-    assert np.sqrt(residual[0] / 20_000) == pytest.approx(0.25, rel=0.03)
-
-
 def test_splits_are_disjoint_rows(tiny_config: Tiny) -> None:
-    dataset = load_data(parse_config(tiny_config()))
-    assert {name: len(split.inputs) for name, split in dataset.splits.items()} == {
+    dataset = load_all(parse_config(tiny_config()))
+    assert {name: source.n_rows for name, source in dataset.sources.items()} == {
         "train": 50,
         "validation": 20,
         "test": 30,
     }
-    every = np.concatenate([split.inputs for split in dataset.splits.values()])
+    every = np.concatenate([dataset.rows(name).inputs for name in dataset.sources])
     assert len(np.unique(every, axis=0)) == 100
     train = dataset.rows("train").inputs
     np.testing.assert_allclose(train.mean(axis=0), 0, atol=1e-12)
@@ -105,7 +80,7 @@ def test_splits_are_disjoint_rows(tiny_config: Tiny) -> None:
 def test_targets_are_coded_for_the_loss(
     tiny_config: Tiny, kind: str, loss: str, decision: str, targets: list[Any] | None
 ) -> None:
-    dataset = load_data(parse_config({**tiny_config(loss={"kind": loss}), "data": {"kind": kind}}))
+    dataset = load_all(parse_config({**tiny_config(loss={"kind": loss}), "data": {"kind": kind}}))
     assert dataset.task.decision == decision
     if targets is not None:
         np.testing.assert_array_equal(dataset.rows("train").targets[:2], targets)
@@ -142,12 +117,29 @@ def test_regression_metrics(rows: int, outputs: int, offset: float) -> None:
 # order and batches -------------------------------------------------------------------------------------------
 
 
+class Numbers(Source):
+    """Row i is (2 i, 2 i + 1), and its target 20 i."""
+
+    def __init__(self, n_rows: int) -> None:
+        super().__init__(n_rows, 2, 1, Task("none"))
+
+    def fill(self, rows: Any, batch: Batch) -> None:
+        batch.inputs[:] = 2 * rows[:, None] + [0, 1]
+        batch.targets[:] = 20 * rows[:, None]
+
+
+def rows_of(sampling: Any, seed: int, epoch: int, n_rows: int, size: int) -> list[int]:
+    length = -(-n_rows // size) * size if sampling == "replacement" else n_rows
+    order: list[int] = Order(NumpyBackend(), sampling, seed, n_rows, length, size).rows(epoch, 0, length).tolist()
+    return order
+
+
 @pytest.mark.parametrize("sampling", ["shuffled", "ordered", "replacement"])
 @pytest.mark.parametrize(("rows", "size"), [(10, 3), (12, 4), (5, 5), (5, 50), (1, 1)])
 def test_batches(backend: Backend, sampling: Any, rows: int, size: int) -> None:
     """Every row once (or drawn), inputs and targets of the same row, the last batch shorter."""
     inputs = np.arange(rows * 2.0).reshape(rows, 2)
-    source = ResidentSource(backend, inputs, inputs[:, :1] * 10, "float32")
+    source = ResidentSource(backend, Numbers(rows), "float32")
     batches = Batches(backend, source, size, sampling, seed=4)
     seen = []
     for batch in batches.epoch(1):
@@ -166,14 +158,15 @@ def test_batches(backend: Backend, sampling: Any, rows: int, size: int) -> None:
 
 @pytest.mark.parametrize("sampling", ["shuffled", "replacement"])
 def test_every_epoch_has_an_order_of_its_own(sampling: Any) -> None:
-    epochs = [order(sampling, 0, epoch, 50, 8).tolist() for epoch in range(3)]
+    epochs = [rows_of(sampling, 0, epoch, 50, 8) for epoch in range(3)]
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert order(sampling, 1, 0, 50, 8).tolist() != epochs[0]
-    assert order(sampling, 0, 0, 50, 8).tolist() == epochs[0]
+    assert rows_of(sampling, 1, 0, 50, 8) != epochs[0]
+    assert rows_of(sampling, 0, 0, 50, 8) == epochs[0]
 
 
 def test_replacement_draws_all_rows_alike() -> None:
-    counts = np.bincount(np.concatenate([order("replacement", 0, epoch, 10, 3) for epoch in range(1000)]), minlength=10)
+    order = Order(NumpyBackend(), "replacement", 0, 10, 12, 3)
+    counts = np.bincount(np.concatenate([order.rows(epoch, 0, 12).copy() for epoch in range(1000)]), minlength=10)
     assert np.abs(counts / counts.mean() - 1).max() < 0.1
 
 
@@ -203,9 +196,10 @@ def test_constant_columns_stay_zero(tiny_config: Tiny, tmp_path: Path, constant:
     dataset = load_table(tiny_config, tmp_path / "t.csv", text, drop_columns=[], categorical_columns=[], test_rows=1)
     np.testing.assert_array_equal(dataset.rows("train").inputs[:, 0], 0)
     np.testing.assert_allclose(dataset.rows("test").inputs[0, 0], float(constant), rtol=1e-12)
-    inputs = np.full((7, 1), float(constant))
+    np.save(tmp_path / "x.npy", np.full((7, 1), float(constant)))
+    x = NpyFile(tmp_path / "x.npy", "x")
     for scaling in ("standardise", "max-abs"):
-        assert fit_scaling(inputs, scaling) == ([float(constant)], [1.0])
+        assert fit_scaling(ArrayReader(x, x), 7, scaling) == ((float(constant),), (1.0,))
 
 
 def test_a_categorical_and_a_numeric_target(tiny_config: Tiny, tmp_path: Path) -> None:
@@ -223,11 +217,11 @@ def test_data_of_a_given_preparation(tiny_config: Tiny, tmp_path: Path) -> None:
     config = parse_config({**tiny_config(), "data": section})
     lines = [line.split(",") for line in TABLE.split()]
     (tmp_path / "t.csv").write_text("\n".join(",".join(reversed(line)) for line in lines[:4]) + "\n")
-    again = load_data(config, dataset.preparation)
+    again = load_all(config, dataset.preparation)
     np.testing.assert_array_equal(again.rows("train").inputs, dataset.rows("train").inputs[:3])
     (tmp_path / "t.csv").write_text("price,size\n1,2\n")
     with pytest.raises(UserError, match="unknown column 'colour'"):
-        load_data(config, dataset.preparation)
+        load_all(config, dataset.preparation)
 
 
 def test_standardise_columns(tiny_config: Tiny, tmp_path: Path) -> None:
@@ -243,7 +237,7 @@ def test_table_of_classes(tiny_config: Tiny, tmp_path: Path) -> None:
     assert dataset.n_targets == 3
     np.testing.assert_array_equal(dataset.rows("train").targets, [2, 0, 2, 1, 0, 2])
     one_hot = load_table(tiny_config, tmp_path / "t.csv", **data)
-    np.testing.assert_array_equal(one_hot.splits["train"].targets, np.eye(3)[[2, 0, 2, 1, 0, 2]])
+    np.testing.assert_array_equal(one_hot.rows("train").targets, np.eye(3)[[2, 0, 2, 1, 0, 2]])
 
 
 def test_numeric_categories_stand_in_their_order(tiny_config: Tiny, tmp_path: Path) -> None:
@@ -307,7 +301,7 @@ def test_tables_that_are_refused(
 def test_a_missing_table(tiny_config: Tiny, tmp_path: Path) -> None:
     section = {"kind": "table", "path": str(tmp_path / "none.csv"), "target_columns": ["y"]}
     with pytest.raises(UserError, match=r"no file .*none\.csv"):
-        load_data(parse_config({**tiny_config(), "data": section}))
+        load_all(parse_config({**tiny_config(), "data": section}))
 
 
 @pytest.mark.parametrize("loss", ["binary_cross_entropy", "cross_entropy"])
@@ -323,7 +317,7 @@ def load_arrays(tiny_config: Tiny, folder: Path, x: Any, d: Any, loss: str = "sq
     np.save(folder / "x.npy", x)
     np.save(folder / "d.npy", d)
     section = {"kind": "arrays", "inputs": str(folder / "x.npy"), "targets": str(folder / "d.npy"), **data}
-    return load_data(parse_config({**tiny_config(loss={"kind": loss}), "data": section}))
+    return load_all(parse_config({**tiny_config(loss={"kind": loss}), "data": section}))
 
 
 def test_arrays(tiny_config: Tiny, tmp_path: Path) -> None:
@@ -393,7 +387,7 @@ def test_files_that_are_no_arrays(tiny_config: Tiny, tmp_path: Path, content: by
         (tmp_path / "x.npy").write_bytes(content)
     section = {"kind": "arrays", "inputs": str(tmp_path / "x.npy"), "targets": str(tmp_path / "d.npy")}
     with pytest.raises(UserError, match=r"data.inputs: .*x\.npy"):
-        load_data(parse_config({**tiny_config(), "data": section}))
+        load_all(parse_config({**tiny_config(), "data": section}))
 
 
 def test_no_pickle(tiny_config: Tiny, tmp_path: Path) -> None:
@@ -401,7 +395,7 @@ def test_no_pickle(tiny_config: Tiny, tmp_path: Path) -> None:
     np.save(tmp_path / "d.npy", np.ones(3))
     section = {"kind": "arrays", "inputs": str(tmp_path / "x.npy"), "targets": str(tmp_path / "d.npy")}
     with pytest.raises(UserError, match="not a .npy file"):
-        load_data(parse_config({**tiny_config(), "data": section}))
+        load_all(parse_config({**tiny_config(), "data": section}))
 
 
 def test_gather_writes_into_its_output() -> None:

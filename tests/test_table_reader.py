@@ -138,5 +138,5 @@ def test_training_data_in_parquet(tmp_path: Path, tiny_config: Any) -> None:
         write_table(tmp_path / f"t{kind}", 20)
         section = {"kind": "table", "path": str(tmp_path / f"t{kind}"), "target_columns": ["y"], "test_rows": 5}
         data = load_data(parse_config({**tiny_config(), "data": {**section, "categorical_columns": ["kind"]}}))
-        inputs.append(data.splits["train"].inputs)
+        inputs.append(data.rows("train").inputs)
     np.testing.assert_allclose(inputs[0], inputs[1], rtol=1e-12)
