@@ -394,7 +394,7 @@ def test_no_pickle(tiny_config: Tiny, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.array([{"a": 1}] * 3), allow_pickle=True)
     np.save(tmp_path / "d.npy", np.ones(3))
     section = {"kind": "arrays", "inputs": str(tmp_path / "x.npy"), "targets": str(tmp_path / "d.npy")}
-    with pytest.raises(UserError, match="not a .npy file"):
+    with pytest.raises(UserError, match="one array of real numbers"):
         load_all(parse_config({**tiny_config(), "data": section}))
 
 
