@@ -66,7 +66,7 @@ class NpyFile:
             rows = np.empty((n, *self.shape[1:]), self.dtype)
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self._start + first * self.width * self.dtype.itemsize)
-                view = memoryview(rows.reshape(-1).view(np.uint8))
+                view = rows.data.cast("B")
                 while view:
                     got = file.readinto(view)
                     if not got:
