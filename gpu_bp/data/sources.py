@@ -16,6 +16,10 @@ from gpu_bp.formula import Columns, Place, Program
 from gpu_bp.spec import Array, Loss
 
 
+# Inputs that are read at once, at least: fewer calls for long ranges, and still little memory.
+READ_NUMBERS = 2**18
+
+
 def put(values: np.ndarray, out: np.ndarray, what: str, first: int = 0) -> None:
     """out = values (rows, n), finite numbers, cast.
 
@@ -47,15 +51,17 @@ class FileSource(Source):
             block_rows=reader.block_rows,
         )
         self._reader = reader
+        self._read_rows = reader.block_rows * max(1, READ_NUMBERS // (reader.block_rows * reader.n_inputs))
         self._first = first
         self._preparation = preparation
         self._coding = coding
         self._loss = loss
 
     def fill(self, rows: Array, batch: Batch) -> None:
-        for start, end in runs(rows):
-            first = self._first + int(rows[start])
-            self._put(self._reader.read(first, end - start), first, batch.part(start, end))
+        for begin, finish in runs(rows):
+            for start in range(begin, finish, self._read_rows):
+                end, first = min(start + self._read_rows, finish), self._first + int(rows[start])
+                self._put(self._reader.read(first, end - start), first, batch.part(start, end))
 
     def _put(self, read: Rows, first: int, batch: Batch) -> None:
         put(self._preparation.inputs(read.inputs), batch.inputs, "inputs", first)
@@ -87,7 +93,7 @@ class GeneratedSource(Source):
         self.backend = backend
         self._seed = seed
         self._first = first
-        scaled = any(preparation.shift) or any(scale != 1 for scale in preparation.scale)
+        scaled = preparation.scales
         tables = dict(made.tables)
         if scaled:
             tables |= {"shift": np.array(preparation.shift), "scale": np.array(preparation.scale)}
