@@ -109,7 +109,7 @@ class ArrayReader:
         self.block_rows = block_rows_for(self.n_inputs + self.n_targets)
         self.where = str(targets.path)
 
-    def read(self, first: int, n: int) -> Rows:
+    def read(self, first: int, n: int, out: Rows | None = None) -> Rows:
         inputs, targets = real(self._inputs.read(first, n)), self._targets.read(first, n)
         if not self.classes:
             return Rows(inputs, targets=real(targets))
