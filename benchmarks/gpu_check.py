@@ -29,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import curves, step
+from benchmarks import curves, data, step
 from gpu_bp import UserError, select
 from gpu_bp.backends import Backend, NumpyBackend
 
@@ -116,6 +116,8 @@ def page(report: dict[str, Any]) -> str:
         lines.append(f"| {c['config']} | {c['precision']} | {c['steps']} | {difference} | {allowed:.0e} | {verdict} |")
     cells = [step.Cell(**cell) for cell in report["steps"]]
     lines += ["", "## A step against its bare products", "", step.table(cells), ""]
+    ratios = [data.Ratio(**ratio) for ratio in report["data"]]
+    lines += ["## Data against what they must not be slower than", "", data.table(ratios), ""]
     if report["trouble"]:
         lines += ["```", report["trouble"], "```", ""]
     return "\n".join(lines)
@@ -129,10 +131,11 @@ def check(backend: Backend, *, curve_steps: int, only_curves: bool) -> dict[str,
         for precision in curves.TOLERANCES:
             comparisons.append(curves.compare(config, precision, (backend, NumpyBackend()), curve_steps))
             print(f"{config.stem}, {precision}: {comparisons[-1].difference} {comparisons[-1].reason}", flush=True)
-    cells, trouble, tests = [], "", _counted({}, "")
+    cells, ratios, trouble, tests = [], [], "", _counted({}, "")
     if not only_curves:
         try:
             cells = step.run(backend)
+            ratios = data.run(backend)
         except Exception as error:
             trouble = f"{type(error).__name__}: {error}"
         tests = run_tests(backend.name, SECONDS - 20 - (time.monotonic() - begin))
@@ -141,6 +144,7 @@ def check(backend: Backend, *, curve_steps: int, only_curves: bool) -> dict[str,
         "versions": versions(backend),
         "curves": [asdict(c) | {"passed": c.passed} for c in comparisons],
         "steps": [asdict(cell) for cell in cells],
+        "data": [asdict(ratio) for ratio in ratios],
         "trouble": trouble,
         "tests": tests,
     }

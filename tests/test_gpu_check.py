@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, bike_sharing
 from cuda_on_cpu.backend import cupy_on_cpu
 
-from benchmarks import curves, gpu_check, step
+from benchmarks import curves, data, gpu_check, rounds, step
 from gpu_bp.backends import Backend, NumpyBackend
 
 NO_RESULT = "No result from a real device exists yet."
@@ -82,10 +82,21 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
 def test_step_benchmark(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs, and its table has a line a cell; what it measures is not judged here."""
-    monkeypatch.setattr(step, "ROUND_SECONDS", 0.0)
+    monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.0)
     cell = step.measure(backend, 8, 4, "tanh", "adam")
     assert cell.seconds > 0 < cell.gemm_seconds
     assert step.table([cell]).count("\n") == 2
+
+
+def test_data_benchmark(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs, and says what was not measured; what it measures is not judged here."""
+    monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.0)
+    for name, small in (("FILL", 1000), ("BATCH", 16), ("WIDTH", 8)):
+        monkeypatch.setattr(data, name, small)
+    ratios = data.run(backend, gib=0.001)
+    assert all(ratio.value is None or ratio.value > 0 for ratio in ratios)
+    assert ("not measured" in data.table(ratios)) == (backend.name == "numpy")
+    assert len(ratios) == (6 if backend.name == "numpy" else 2)
 
 
 def test_what_is_said_of_real_devices_is_true() -> None:
