@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
+from benchmarks.rounds import alternate
 from gpu_bp import Batch, Network, Objective, Optimizer, Step, registry, select
 from gpu_bp.backends import Backend
 from gpu_bp.schedule import constant
@@ -30,8 +28,6 @@ CELLS = (
     (1024, 1024, "relu", "adam"),
 )
 LAYERS = 3
-ROUNDS = 7
-ROUND_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -70,25 +66,8 @@ def measure(backend: Backend, width: int, batch_size: int, activation: str, opti
             if k:
                 backend.matmul(batch.inputs, weights, product)
 
-    seconds = _alternate(backend, [lambda: step(batch), products])
+    seconds = alternate(backend, [lambda: step(batch), products])
     return Cell(width, batch_size, activation, optimizer, *seconds)
-
-
-def _alternate(backend: Backend, calls: list[Callable[[], None]]) -> list[float]:
-    """Seconds a call, the median of rounds that take the calls in turn."""
-
-    def once(call: Callable[[], None], n: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(n):
-            call()
-        backend.synchronize()
-        return (time.perf_counter() - begin) / n
-
-    for call in calls:
-        once(call, 3)
-    counts = [max(1, int(ROUND_SECONDS / once(call, 3))) for call in calls]
-    rounds = [[once(call, n) for call, n in zip(calls, counts, strict=True)] for _ in range(ROUNDS)]
-    return [median(column) for column in zip(*rounds, strict=True)]
 
 
 def table(cells: list[Cell]) -> str:

@@ -107,7 +107,6 @@ def train(
     console.print(why, markup=False, soft_wrap=True)
     with _Signals() as signals:
         result = train_run(parsed, backend=chosen, run=run, watch=watch(console), interrupted=signals.interrupted)
-    console.print(f"data: {result.summary['data']}", markup=False, soft_wrap=True)
     for name, metrics in _splits(result.summary):
         console.print(_sentence(name, metrics), markup=False, soft_wrap=True)
     if signals.number:

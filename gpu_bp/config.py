@@ -225,7 +225,9 @@ class TrainSection(Section):
     batch_size: Count = Field(32, description="rows a step; more than there are means all")
     sampling: Literal["shuffled", "ordered", "replacement"] = Field("shuffled", description="which rows a step sees")
     precision: Literal["float32", "float64"] = Field("float32", description="of all arithmetic")
-    log_every: Count | None = Field(None, description="steps a line of metrics; by default a line an epoch")
+    log_every: Count | None = Field(
+        None, description="steps a line of metrics; by default a line an epoch, or a hundred where rows are seen once"
+    )
     stop_at_errors: Rows | None = Field(
         None, description="stop once the training rows have at most so many errors; looked at with every line"
     )

@@ -79,7 +79,8 @@ class Patterns(DataSection):
     @property
     def n_patterns(self) -> int:
         """How many there are."""
-        return 2 ** int(getattr(self, "n_inputs"))  # noqa: B009  each kind has its own default
+        n_inputs: int = getattr(self, "n_inputs")  # noqa: B009  each kind has its own default
+        return 1 << n_inputs
 
 
 class Parity(Patterns):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,7 +17,13 @@ INTERVAL = 0.5  # seconds between two plain lines, and between two looks of the 
 
 def watch(console: Console) -> Any:
     """A function for `train(watch=...)` that shows the steps on this console."""
-    return _bar(console) if console.is_terminal else _plain(console)
+    show = _bar(console) if console.is_terminal else _plain(console)
+
+    def lines(trainer: Trainer, steps: Lines) -> Lines:
+        console.print(trainer.where_data, markup=False, soft_wrap=True)
+        return cast(Lines, show(trainer, steps))
+
+    return lines
 
 
 def describe(line: dict[str, Any]) -> str:

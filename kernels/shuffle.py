@@ -44,7 +44,7 @@ _FIRST, _SECOND, _32 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD
 
 def _hash(x: np.ndarray, key: np.ndarray, modulus: np.uint64) -> np.ndarray:
     """The twin of `shuffle_hash`."""
-    h = x ^ key
+    h: np.ndarray = x ^ key
     h *= _FIRST
     h ^= h >> _32
     h *= _SECOND

@@ -24,8 +24,8 @@ class NpyFile:
             raise UserError(f"{what}: no file {path}")
         try:
             with path.open("rb") as file:
-                version = np.lib.format.read_magic(file)
-                read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_header_2_0
+                old = np.lib.format.read_magic(file) == (1, 0)
+                read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
                 self.shape, self._fortran, self.dtype = read_header(file)
                 self._start = file.tell()
         except OSError as error:
@@ -66,7 +66,7 @@ class NpyFile:
             rows = np.empty((n, *self.shape[1:]), self.dtype)
             with self.path.open("rb", buffering=0) as file:
                 file.seek(self._start + first * self.width * self.dtype.itemsize)
-                view = memoryview(rows.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+                view = rows.data.cast("B")
                 while view:
                     got = file.readinto(view)
                     if not got:
@@ -76,10 +76,6 @@ class NpyFile:
             row = first + int(np.argwhere(~np.isfinite(rows))[0][0])
             raise UserError(f"{self.what}: {self.path} has a NaN or infinity in row {row} (counting from 0)")
         return rows
-
-
-def _read_header_2_0(file: object) -> tuple[tuple[int, ...], bool, np.dtype]:  # type: ignore[type-arg]
-    return np.lib.format.read_array_header_2_0(file)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def real(rows: np.ndarray) -> np.ndarray:
@@ -113,7 +109,7 @@ class ArrayReader:
         self.block_rows = block_rows_for(self.n_inputs + self.n_targets)
         self.where = str(targets.path)
 
-    def read(self, first: int, n: int) -> Rows:
+    def read(self, first: int, n: int, out: Rows | None = None) -> Rows:
         inputs, targets = real(self._inputs.read(first, n)), self._targets.read(first, n)
         if not self.classes:
             return Rows(inputs, targets=real(targets))

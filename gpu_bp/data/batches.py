@@ -10,6 +10,7 @@ from gpu_bp.data.order import Order, Sampling
 from gpu_bp.data.source import Batch, Source
 from gpu_bp.data.sources import empty, on_device
 from gpu_bp.data.windows import Blocks, Windows
+from gpu_bp.spec import Array
 
 
 class Batches:
@@ -60,18 +61,29 @@ class Batches:
             yield batch
 
     def _from_windows(self, windows: Windows, epoch: int, place: int) -> Iterator[Batch]:
-        gather, filled = self._backend.gather, 0
         size = min(self.size, self._n_rows - place)
+        filled = 0  # rows of the batch in progress, where it began in the window before
         for window, places in windows.from_place(epoch, place):
-            start = 0
-            while start < len(places):
-                n = min(size - filled, len(places) - start)
-                part, rows = self._arrays.part(filled, filled + n), places[start : start + n]
-                gather(window.inputs, rows, part.inputs)
-                gather(window.targets, rows, part.targets)
-                gather(window.rows, rows, part.rows)
+            start, end = 0, window.n if places is None else len(places)
+            while start < end:
+                n = min(size - filled, end - start)
+                if places is None and n == size:
+                    batch = window.part(start, start + n)  # it lies in the window as it is
+                else:
+                    part = self._arrays.part(filled, filled + n)
+                    self._gather(window, start, n, places, part)
+                    batch = self._arrays.part(0, size)
                 start, filled, place = start + n, filled + n, place + n
                 if filled == size:
                     windows.upload_what_is_read()
-                    yield self._arrays.part(0, size)
+                    yield batch
                     filled, size = 0, min(self.size, self._n_rows - place)
+
+    def _gather(self, window: Batch, start: int, n: int, places: Array | None, out: Batch) -> None:
+        if places is None:
+            for name in ("inputs", "targets", "rows"):
+                getattr(out, name)[...] = getattr(window, name)[start : start + n]
+            return
+        rows = places[start : start + n]
+        for name in ("inputs", "targets", "rows"):
+            self._backend.gather(getattr(window, name), rows, getattr(out, name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,18 @@ class Preparation:
     shift: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
 
+    @cached_property
+    def scales(self) -> bool:
+        """Whether inputs are other than raw ones."""
+        return any(self.shift) or any(scale != 1 for scale in self.scale)
+
     def inputs(self, raw: np.ndarray) -> np.ndarray:
         """Raw inputs (rows, n_inputs) as the network sees them; those of a table are the same."""
-        return raw if self.columns else (np.asarray(raw) - np.array(self.shift)) / np.array(self.scale)
+        return (np.asarray(raw) - np.array(self.shift)) / np.array(self.scale) if self.scales else np.asarray(raw)
 
     def raw_inputs(self, inputs: np.ndarray) -> np.ndarray:
         """The inverse of `inputs`."""
-        return inputs if self.columns else inputs * np.array(self.scale) + np.array(self.shift)
+        return inputs * np.array(self.scale) + np.array(self.shift) if self.scales else inputs
 
     def input_names(self) -> list[str]:
         """A name for each input of an array; for those of a table, its columns, with the category."""

@@ -53,8 +53,8 @@ class ShardReader:
         self.block_rows = manifest.block_rows
         self.where = str(folder)
 
-    def read(self, first: int, n: int) -> Rows:
-        """The n rows from number `first` on, in new arrays of the folder's dtype.
+    def read(self, first: int, n: int, out: Rows | None = None) -> Rows:
+        """The n rows from number `first` on, in arrays of the folder's dtype: `out`'s where they are that.
 
         Raises:
             UserError: a file was changed, or cannot be read.
@@ -63,8 +63,11 @@ class ShardReader:
         m = self.manifest
         if not 0 <= first <= first + n <= m.rows:
             raise IndexError(f"rows {first} to {first + n} of {m.rows}")
-        inputs = np.empty((n, m.n_inputs), m.dtype)
-        wanted = np.empty(n, np.int64) if m.classes else np.empty((n, m.n_targets), m.dtype)
+        if out is not None and (out.inputs.dtype, out.wanted.dtype) == (m.dtype, np.int64 if m.classes else m.dtype):
+            inputs, wanted = out.inputs, out.wanted
+        else:
+            inputs = np.empty((n, m.n_inputs), m.dtype)
+            wanted = np.empty(n, np.int64) if m.classes else np.empty((n, m.n_targets), m.dtype)
         done = 0
         with self._lock:
             while done < n:

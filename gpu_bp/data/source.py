@@ -60,6 +60,13 @@ class Rows:
     targets: np.ndarray | None = None
     labels: np.ndarray | None = None
 
+    @property
+    def wanted(self) -> np.ndarray:
+        """The labels or the targets."""
+        wanted = self.targets if self.labels is None else self.labels
+        assert wanted is not None
+        return wanted
+
 
 class Reader(Protocol):
     """Rows as they stand in files, by number.
@@ -77,8 +84,10 @@ class Reader(Protocol):
     block_rows: int
     where: str
 
-    def read(self, first: int, n: int) -> Rows:
+    def read(self, first: int, n: int, out: Rows | None = None) -> Rows:
         """The n rows from number `first` on: finite numbers, of float64 or of float32 where the file has these.
+
+        Where `out` has arrays of the right dtype, a reader may fill and return them instead of new ones.
 
         Raises:
             UserError: a file is broken there (which, and where in it).

@@ -15,6 +15,9 @@ from gpu_bp.errors import UserError
 from gpu_bp.formula import Columns, Place, Program
 from gpu_bp.spec import Array, Loss
 
+# Inputs that are read at once, at least: fewer calls for long ranges, and still little memory.
+READ_NUMBERS = 2**19
+
 
 def put(values: np.ndarray, out: np.ndarray, what: str, first: int = 0) -> None:
     """out = values (rows, n), finite numbers, cast.
@@ -22,6 +25,8 @@ def put(values: np.ndarray, out: np.ndarray, what: str, first: int = 0) -> None:
     Raises:
         UserError: one is too large for out's dtype (which; `first` is the number of the first row).
     """
+    if np.may_share_memory(values, out):
+        return  # it was read there
     with np.errstate(over="ignore"):
         np.copyto(out, values, casting="unsafe")
     if values.dtype != out.dtype and out.dtype.kind == "f" and not np.isfinite(out).all():
@@ -47,23 +52,28 @@ class FileSource(Source):
             block_rows=reader.block_rows,
         )
         self._reader = reader
+        self._read_rows = reader.block_rows * max(1, READ_NUMBERS // (reader.block_rows * reader.n_inputs))
         self._first = first
         self._preparation = preparation
         self._coding = coding
         self._loss = loss
+        # whether rows can be read into the batch itself
+        self._as_they_are = not preparation.scales and (coding.indexed or not coding.labels)
 
     def fill(self, rows: Array, batch: Batch) -> None:
-        for start, end in runs(rows):
-            first = self._first + int(rows[start])
-            self._put(self._reader.read(first, end - start), first, batch.part(start, end))
+        for begin, finish in runs(rows):
+            for start in range(begin, finish, self._read_rows):
+                end, first = min(start + self._read_rows, finish), self._first + int(rows[start])
+                part = batch.part(start, end)
+                out = Rows(part.inputs, part.targets) if self._as_they_are else None
+                self._put(self._reader.read(first, end - start, out), first, part)
 
     def _put(self, read: Rows, first: int, batch: Batch) -> None:
         put(self._preparation.inputs(read.inputs), batch.inputs, "inputs", first)
-        wanted = read.targets if read.labels is None else read.labels[:, None]
-        assert wanted is not None
         if read.labels is None:
-            check_targets(wanted, self._loss, self._reader.where, first)
+            check_targets(read.wanted, self._loss, self._reader.where, first)
         width = self._coding.width
+        wanted = read.wanted.reshape(len(batch.rows), -1)
         put(self._coding.code(wanted, np.arange(width)[None]), batch.targets.reshape(-1, width), "targets", first)
 
 
@@ -76,6 +86,8 @@ def runs(rows: np.ndarray) -> list[tuple[int, int]]:
 class GeneratedSource(Source):
     """Rows first to first + n of a synthetic set, generated where they are asked for: on `backend`."""
 
+    backend: Backend
+
     def __init__(
         self, backend: Backend, made: Set, seed: int, first: int, n_rows: int, preparation: Preparation, coding: Coding
     ) -> None:
@@ -85,7 +97,7 @@ class GeneratedSource(Source):
         self.backend = backend
         self._seed = seed
         self._first = first
-        scaled = any(preparation.shift) or any(scale != 1 for scale in preparation.scale)
+        scaled = preparation.scales
         tables = dict(made.tables)
         if scaled:
             tables |= {"shift": np.array(preparation.shift), "scale": np.array(preparation.scale)}
@@ -119,7 +131,7 @@ class SetReader:
         self.where = where
         self._program = Program((made.inputs, made.target), made.stages, made.tables)
 
-    def read(self, first: int, n: int) -> Rows:
+    def read(self, first: int, n: int, out: Rows | None = None) -> Rows:
         backend, dtype = self._backend, np.int64 if self.classes else np.float64
         rows = backend.zeros((n,), np.int64)
         backend.count(0, rows)
@@ -131,6 +143,8 @@ class SetReader:
 
 class ResidentSource(Source):
     """A source whose rows all lie on the device: `inputs` (n, n_inputs) and `targets`, as in a `Batch`."""
+
+    backend: Backend
 
     def __init__(self, backend: Backend, source: Source, dtype: Any) -> None:
         super().__init__(
@@ -153,6 +167,8 @@ class ResidentSource(Source):
 
 class UploadedSource(Source):
     """A source of the host, its rows copied to the device as they are asked for."""
+
+    backend: Backend
 
     def __init__(self, backend: Backend, source: Source) -> None:
         super().__init__(

@@ -220,7 +220,7 @@ def _of_variance_1(n_inputs: int, distribution: str) -> Columns:
 
 def _weights(seed: int, start: int, n_out: int, n_in: int) -> np.ndarray:
     """Normal weights of standard deviation 1 / sqrt(n_in)."""
-    return normals(seed, Purpose.TEACHER, start, n_out * n_in).reshape(n_out, n_in) / np.sqrt(n_in)
+    return np.asarray(normals(seed, Purpose.TEACHER, start, n_out * n_in).reshape(n_out, n_in) / np.sqrt(n_in))
 
 
 def linear(data: Linear, seed: int) -> Set:

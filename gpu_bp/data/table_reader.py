@@ -51,7 +51,7 @@ class TableReader:
         self._lock = threading.Lock()
         self._chunk = functools.lru_cache(KEPT_CHUNKS)(self._read_chunk)
 
-    def read(self, first: int, n: int) -> Rows:
+    def read(self, first: int, n: int, out: Rows | None = None) -> Rows:
         """The n rows from number `first` on: inputs (n, n_inputs) float64, and labels or float64 targets.
 
         Raises:

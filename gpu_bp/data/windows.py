@@ -79,13 +79,9 @@ class Blocks:
         taken = permutation(numbers)[0].tolist()
         return [(b * self.rows, min(self.rows, self.n_rows - b * self.rows)) for b in taken]
 
-    def places(self, backend: Backend, epoch: int, window: int, out: Array) -> None:
-        """out (n,) int64 = the places within a window of n rows in the order in which they are taken."""
-        if self.sampling == "ordered":
-            backend.count(0, out)
-        else:
-            index = epoch * self.windows + window
-            backend.permute(Permutations.of(self.seed, Purpose.WINDOWS, len(out), index), 0, out.reshape(1, -1))
+    def within(self, epoch: int, window: int, n: int) -> Permutations:
+        """The order in which the n rows of a window are taken."""
+        return Permutations.of(self.seed, Purpose.WINDOWS, n, epoch * self.windows + window)
 
     def find(self, epoch: int, place: int) -> tuple[int, int]:
         """The window in which a place of an epoch lies, and its number within it."""
@@ -126,10 +122,11 @@ class Windows:
         self._thread = ThreadPoolExecutor(1, "gpu_bp-reader") if ahead else None
         self._places = backend.zeros((blocks.window_rows,), np.int64)
 
-    def from_place(self, epoch: int, place: int) -> Iterator[tuple[Batch, Array]]:
-        """From a place of an epoch to the epoch's end, window by window: its rows, and where in it those to come stand.
+    def from_place(self, epoch: int, place: int) -> Iterator[tuple[Batch, Array | None]]:
+        """From a place of an epoch to the epoch's end, window by window: its rows that are to come.
 
-        Each is valid until the next is asked for.
+        They are to be taken in their order where there is none with them, else the places (n,) say which first.
+        Each window is valid until the next is asked for.
         """
         window, skipped = self._blocks.find(epoch, place)
         try:
@@ -140,9 +137,12 @@ class Windows:
                 self._finish(slot)
                 self._backend.await_uploads()
                 n = sum(rows for _, rows in slot.blocks)
-                places = self._places[:n]
-                self._blocks.places(self._backend, epoch, window, places)
-                yield slot.device.part(0, n), places[skipped:]
+                if self._blocks.sampling == "ordered":
+                    yield slot.device.part(skipped, n), None
+                else:
+                    places = self._places[:n]
+                    self._backend.permute(self._blocks.within(epoch, window, n), 0, places.reshape(1, -1))
+                    yield slot.device.part(0, n), places[skipped:]
                 window, skipped = window + 1, 0
         finally:
             self._backend.finish_uploads()  # who drops the windows now gives no memory back that is being copied

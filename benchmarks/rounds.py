@@ -1,0 +1,29 @@
+"""Timing calls against each other: in turns, so that what else a machine does falls on all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from gpu_bp.backends import Backend
+
+ROUNDS = 7
+ROUND_SECONDS = 0.2
+
+
+def alternate(backend: Backend, calls: Sequence[Callable[[], None]], rounds: int = ROUNDS) -> list[float]:
+    """Seconds a call, the median of rounds that take the calls in turn."""
+
+    def once(call: Callable[[], None], n: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(n):
+            call()
+        backend.synchronize()
+        return (time.perf_counter() - begin) / n
+
+    for call in calls:
+        once(call, 3)
+    counts = [max(1, int(ROUND_SECONDS / once(call, 3))) for call in calls]
+    taken = [[once(call, n) for call, n in zip(calls, counts, strict=True)] for _ in range(rounds)]
+    return [median(column) for column in zip(*taken, strict=True)]
