@@ -22,6 +22,8 @@ import numpy as np
 
 from gpu_bp.registry import Purpose, normals, sincospi, uniforms
 
+TERMS = 4096  # of a sum that are added up at a time
+
 
 class Draws(NamedTuple):
     """A stream of random numbers with so many a row: draw j of row i is its element i * per_row + j."""
@@ -155,8 +157,11 @@ class NumpyPlace:
         return np.asarray(self._rows.program.tables[name][j])
 
     def dot(self, stage: str, table: str) -> np.ndarray:
-        # not matmul: that rounds a row's sums differently in another block of rows
-        return np.asarray(np.einsum("ij,kj->ik", self._rows.stage(stage), self._rows.program.tables[table]))
+        # Not matmul: that rounds a row's sums differently in another block of rows. So does einsum where there are more
+        # terms than it buffers, 8192, hence in parts.
+        x, w = self._rows.stage(stage), self._rows.program.tables[table]
+        parts = (slice(start, start + TERMS) for start in range(0, x.shape[1], TERMS))
+        return np.asarray(sum(np.einsum("ij,kj->ik", x[:, part], w[:, part]) for part in parts))
 
     def sinpi(self, x: Any) -> np.ndarray:
         return sincospi(x)[0]

@@ -19,6 +19,7 @@ Sampling = Literal["shuffled", "ordered", "replacement"]
 
 # Places that are computed at once: enough that the calls of a short epoch cost nothing, few enough to fit the cache.
 CHUNK = 16384
+EPOCHS = 256  # at once, at most: on a GPU each is a kernel call
 
 
 class Order:
@@ -37,7 +38,8 @@ class Order:
         self._length = length
         # one chunk of an epoch, or as many epochs as a chunk holds
         self._chunk = min(length, batch_size * max(1, CHUNK // batch_size))
-        self._epochs = max(1, CHUNK // length) if self._chunk == length else 1
+        several = self._chunk == length and sampling != "ordered"
+        self._epochs = min(EPOCHS, max(1, CHUNK // length)) if several else 1
         self._places = backend.zeros((self._epochs, self._chunk), np.int64)
         self._held: tuple[int, int] | None = None  # the first epoch and place that stand in `_places`
         draw = Draws(Purpose.ORDER, 1)
@@ -53,12 +55,12 @@ class Order:
         return self._places[epoch - first[0], place : place + n]
 
     def _compute(self, epoch: int, start: int) -> None:
-        n = min(self._chunk, self._length - start)
-        for k in range(self._epochs if self._sampling != "shuffled" else 0):
-            places = self._places[k, :n]
-            self._backend.count(start, places)
-            if self._sampling == "replacement":
-                self._backend.generate(self._drawn, self._seed, (epoch + k) * self._length, places, (places,))
+        places = self._places[:, : min(self._chunk, self._length - start)]
         if self._sampling == "shuffled":
             permutations = Permutations.of(self._seed, Purpose.ORDER, self._n_rows, epoch, self._epochs)
-            self._backend.permute(permutations, start, self._places[:, :n])
+            self._backend.permute(permutations, start, places)
+            return
+        following = places.reshape(-1)  # the places of several epochs follow each other, as their draws do
+        self._backend.count(start, following)
+        if self._sampling == "replacement":
+            self._backend.generate(self._drawn, self._seed, epoch * self._length, following, (following,))

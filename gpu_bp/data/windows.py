@@ -129,19 +129,23 @@ class Windows:
         Each window is valid until the next is asked for.
         """
         window, skipped = self._blocks.find(epoch, place)
-        while window < self._blocks.windows:
-            slot = self._ask_for(epoch, window)
-            self._finish(slot)
-            if self._thread is not None:
-                self._ask_for(*divmod(epoch * self._blocks.windows + window + 1, self._blocks.windows))
-            n = sum(rows for _, rows in slot.blocks)
-            if self._blocks.sampling == "ordered":
-                yield slot.device.part(skipped, n), None
-            else:
-                places = self._places[:n]
-                self._backend.permute(self._blocks.within(epoch, window, n), 0, places.reshape(1, -1))
-                yield slot.device.part(0, n), places[skipped:]
-            window, skipped = window + 1, 0
+        try:
+            while window < self._blocks.windows:
+                slot = self._ask_for(epoch, window)
+                if self._thread is not None:
+                    self._ask_for(*divmod(epoch * self._blocks.windows + window + 1, self._blocks.windows))
+                self._finish(slot)
+                self._backend.await_uploads()
+                n = sum(rows for _, rows in slot.blocks)
+                if self._blocks.sampling == "ordered":
+                    yield slot.device.part(skipped, n), None
+                else:
+                    places = self._places[:n]
+                    self._backend.permute(self._blocks.within(epoch, window, n), 0, places.reshape(1, -1))
+                    yield slot.device.part(0, n), places[skipped:]
+                window, skipped = window + 1, 0
+        finally:
+            self._backend.finish_uploads()  # who drops the windows now gives no memory back that is being copied
 
     def upload_what_is_read(self) -> None:
         """Begins to copy windows that have been read meanwhile to the device; called now and then."""
@@ -156,17 +160,18 @@ class Windows:
         if blocks != slot.blocks:
             self._finish(slot)  # an epoch that was left early may still be reading
             self._backend.finish_uploads()
-            slot.blocks = blocks
+            slot.blocks = []
             if self._thread is not None:
-                slot.reading = self._thread.submit(self._read, slot)
+                slot.reading = self._thread.submit(self._read, slot, blocks)
             else:
-                self._read(slot)
+                self._read(slot, blocks)
                 self._upload(slot)
+            slot.blocks = blocks
         return slot
 
-    def _read(self, slot: Slot) -> None:
+    def _read(self, slot: Slot, blocks: list[tuple[int, int]]) -> None:
         start = 0
-        for first, n in slot.blocks:
+        for first, n in blocks:
             part = slot.filled.part(start, start + n)
             if slot.filled is slot.device:
                 self._backend.count(first, part.rows)
@@ -189,4 +194,3 @@ class Windows:
         if slot.filled is not slot.device:
             for name in ("inputs", "targets", "rows"):
                 self._backend.upload(getattr(slot.filled, name), getattr(slot.device, name))
-            self._backend.await_uploads()

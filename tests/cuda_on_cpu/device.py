@@ -7,7 +7,8 @@ Memory of its own has a guard zone on both sides, so that a kernel that writes o
 from __future__ import annotations
 
 import operator
-from collections import Counter
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -29,58 +30,82 @@ class OutOfBoundsError(RuntimeError):
     """A kernel wrote beside an array."""
 
 
+class PinnedMemoryError(RuntimeError):
+    """Host memory was given back before the device had copied from it."""
+
+
+class Queue:
+    """What a stream was given to do, and has yet to do, in that order. A call may be to wait for another stream.
+
+    A queue runs as far as somebody waits for it, and no further: so what comes first by luck alone comes last here.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], None]] = deque()
+        self.given = self.done = 0
+
+    def give(self, call: Callable[[], None]) -> None:
+        self._waiting.append(call)
+        self.given += 1
+
+    def run(self, until: int | None = None) -> None:
+        """Runs the first `until` calls of all that it was ever given, where they have not run."""
+        until = self.given if until is None else until
+        while self.done < until:
+            self.done += 1
+            self._waiting.popleft()()
+
+
 class Device:
     """What happens on the device.
 
     Args:
         dry: nothing runs; for whoever only wants to know which kernels are called.
-        lazy: a call runs only when somebody waits for the device, as late as on a real one it might.
+        lazy: a call runs only when somebody waits for its stream, as late as on a real device it might.
 
     Attributes:
+        queue: of the current stream. What is captured is of no other.
         order: in which the threads of a kernel run; a right kernel gives the same whatever the order.
         counts: allocations, host copies, synchronisations, device copies and launches so far.
         recording: the calls of the capture in progress, None where there is none.
         kernels: those that were called so far.
-        given, done: how many calls the device was given, and has run.
     """
 
     def __init__(self, order: Order = "forward", *, dry: bool = False, lazy: bool = False) -> None:
         self.order = order
         self._dry = dry
         self._lazy = lazy
-        self._waiting: list[Callable[[], None]] = []
-        self._pinned: list[np.ndarray] = []
-        self.given = self.done = 0
+        self._pinned: list[weakref.ref[np.ndarray]] = []
+        self.queue = Queue()
         self.kernels: list[Kernel] = []
         self.counts: Counter[str] = Counter()
         self.recording: list[Callable[[], None]] | None = None
         self._random = np.random.default_rng(0)
 
-    def launch(self, call: Callable[[], None]) -> None:
-        """Runs a call on the device now; during a capture only notes it for the replay."""
+    def launch(self, call: Callable[[], None], queue: Queue | None = None) -> None:
+        """Gives a stream a call, by default the current one; during a capture only notes it for the replay."""
         self.counts["launches"] += 1
         if self.recording is not None:
             self.recording.append(call)
-            return
-        self.given += 1
-        if not self._dry:
-            self._waiting.append(call)
-        if not self._lazy:
-            self._run()
+        else:
+            self.give(queue or self.queue, call)
 
-    def _run(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for call in waiting:
-            call()
-        self.done = self.given
+    def give(self, queue: Queue, call: Callable[[], None]) -> None:
+        """Gives a stream a call, which it runs at once unless it is lazy."""
+        queue.give((lambda: None) if self._dry else call)
+        if not self._lazy:
+            queue.run()
 
     def uncapturable(self, *what: str) -> None:
         """Counts things that a graph cannot hold, and refuses them during a capture."""
         self.counts.update(what)
         if self.recording is not None:
             raise CaptureError(f"{' and '.join(what)} during a capture")
-        if "synchronisations" in what:
-            self._run()
+
+    def wait(self, queue: Queue | None = None, until: int | None = None) -> None:
+        """The host waits until a stream, by default the current one, has made the first `until` of its calls, or all."""
+        self.uncapturable("synchronisations")
+        (queue or self.queue).run(until)
 
     def thread_order(self, threads: int) -> np.ndarray:
         if self.order == "forward":
@@ -92,25 +117,35 @@ class Device:
         return ndarray(self, *_guarded(shape, np.dtype(dtype), order))
 
     def pinned(self, nbytes: int) -> np.ndarray:
-        """Host memory that the device copies from by itself."""
+        """Host memory that the device copies from by itself, to be held until it has."""
         self.uncapturable("allocations")
-        self._pinned.append(np.full(nbytes, POISON, np.uint8))
-        return self._pinned[-1]
+        memory = np.full(nbytes, POISON, np.uint8)
+        self._pinned.append(weakref.ref(memory))
+        return memory
 
-    def copy_from_pinned(self, array: ndarray, address: int, nbytes: int) -> None:
+    def copy_from_pinned(self, array: ndarray, address: int, nbytes: int, queue: Queue | None) -> None:
         """A copy that the host does not wait for: it reads the host's memory when its turn comes.
 
         A graph can hold one, but each replay would read what then stands there: refused during a capture.
         """
-        starts = [(memory, address - memory.ctypes.data) for memory in self._pinned]
-        found = [memory[start : start + nbytes] for memory, start in starts if 0 <= start <= memory.nbytes - nbytes]
+        held = [(memory, address - memory.ctypes.data) for ref in self._pinned if (memory := ref()) is not None]
+        found = [(weakref.ref(m), start) for m, start in held if 0 <= start <= m.nbytes - nbytes]
         if not found or nbytes > array.nbytes:
             raise ValueError("an asynchronous copy from memory that is not pinned, or beyond its end")
         self.uncapturable("asynchronous copies")
-        self.launch(lambda: np.copyto(array.host.reshape(-1).view(np.uint8)[:nbytes], found[0]))
+        reference, start = found[0]
+
+        def copy() -> None:
+            memory = reference()
+            if memory is None:
+                raise PinnedMemoryError("pinned memory is gone, and was still to be copied")
+            array.host.reshape(-1).view(np.uint8)[:nbytes] = memory[start : start + nbytes]
+
+        self.launch(copy, queue)
 
     def from_host(self, host: np.ndarray) -> ndarray:
-        self.uncapturable("host copies", "synchronisations")
+        self.uncapturable("host copies")
+        self.wait()
         array = self.empty(host.shape, host.dtype)
         array.host[...] = host
         return array
@@ -226,7 +261,8 @@ class ndarray:
         return made
 
     def get(self) -> np.ndarray:
-        self.device.uncapturable("host copies", "synchronisations")
+        self.device.uncapturable("host copies")
+        self.device.wait()
         return self.host.copy()
 
     def set(self, host: np.ndarray) -> None:
@@ -239,7 +275,8 @@ class ndarray:
             raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {host.shape}")
         if not (self.flags.c_contiguous or self.flags.f_contiguous):
             raise RuntimeError("Cannot set to non-contiguous array")
-        self.device.uncapturable("host copies", "synchronisations")
+        self.device.uncapturable("host copies")
+        self.device.wait()
         self.host[...] = host
 
     def check_guards(self, kernel: str) -> None:
@@ -255,4 +292,5 @@ class MemoryPointer:
         self._array = array
 
     def copy_from_host_async(self, address: int, nbytes: int, stream: Any = None) -> None:
-        self._array.device.copy_from_pinned(self._array, address, nbytes)
+        queue = None if stream is None else stream.queue
+        self._array.device.copy_from_pinned(self._array, address, nbytes, queue)

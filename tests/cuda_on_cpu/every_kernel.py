@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from variants import VARIANTS, program, variant
 
 from cuda_on_cpu.backend import cupy_backend_module
 from cuda_on_cpu.cpu import Kernel
 from cuda_on_cpu.fake_cupy import FakeCupy
 from gpu_bp import registry
+from gpu_bp.data.preparation import Preparation, code_labels, code_targets
+from gpu_bp.data.sources import GeneratedSource, empty
+from gpu_bp.data.synthetic import Set
+from gpu_bp.registry import Permutations, Purpose
 from gpu_bp.spec import Activation, FreeLoss, FusedLoss
 
 # Kinds, so that tests can be spread over processes.
-KINDS = ("activations", "free losses", "others")
+RECORDS = ("activations", "free losses", "others", "random numbers")
+KINDS = (*RECORDS, *VARIANTS)
 
 
 def every_kernel(kind: str, dtype: str) -> list[Kernel]:
@@ -49,6 +57,28 @@ def every_kernel(kind: str, dtype: str) -> list[Kernel]:
             state = [b.zeros((6,), dtype) for _ in record.state]
             scalars = record.scalars(1, 0.1, **record.values)
             b.update(record, b.zeros((6,), dtype), b.zeros((6,), dtype), state, 1.0, scalars, 3)
+    elif kind == "random numbers":
+        doubles, rows = b.zeros((5,), np.float64), b.zeros((2, 5), np.int64)
+        b.uniforms(0, Purpose.NOISE, 0, doubles)
+        b.normals(0, Purpose.NOISE, 0, doubles)
+        b.count(0, rows[0])
+        b.permute(Permutations.of(0, Purpose.ORDER, 5, 0, 2), 0, rows)
     else:
-        raise ValueError(kind)
+        for k in range(len(VARIANTS[kind])):
+            generate(b, variant(kind, k), dtype)
     return list({kernel.text: kernel for kernel in cupy.device.kernels}.values())
+
+
+def generate(b: Any, made: Set, dtype: str) -> None:
+    """The rows of a set as files would hold them, in float64; in float32 scaled and coded, as a network sees them."""
+    rows = b.zeros((2,), np.int64)
+    if dtype == "float64":
+        target = b.zeros((2, made.target.width), np.int64 if made.classes else np.float64)
+        b.generate(program(made), 0, 0, rows, (b.zeros((2, made.inputs.width), np.float64), target))
+        return
+    for name in ("squared_error", *(["cross_entropy"] if made.classes else [])):
+        loss, n = registry.loss(name), made.inputs.width
+        coding = code_labels(made.classes, loss) if made.classes else code_targets(made.target.width, made.binary, loss)
+        preparation = Preparation(coding.task, shift=(0.5,) * n, scale=(2.0,) * n)
+        source = GeneratedSource(b, made, 0, 0, 100, preparation, coding)
+        source.fill(rows, empty(b, source, 2, dtype))

@@ -21,7 +21,7 @@ import numpy as np
 
 from cuda_on_cpu import codegen
 from cuda_on_cpu.cpu import Kernel, array_argument, indexer_argument, pointer_argument, scalar_argument
-from cuda_on_cpu.device import CaptureError, Device, Order, ndarray
+from cuda_on_cpu.device import CaptureError, Device, Order, Queue, ndarray
 
 DEFAULT_BLOCK = 128
 
@@ -32,7 +32,7 @@ class FakeCupy:
     Args:
         order: in which the threads of a kernel run.
         dry: nothing runs.
-        lazy: a call runs only when somebody waits for the device.
+        lazy: a call runs only when somebody waits for its stream.
         gemm_in_capture: whether `cublas.gemm` may be captured. CuPy refuses it, although CUDA does not.
     """
 
@@ -41,6 +41,7 @@ class FakeCupy:
     ) -> None:
         codegen.require()
         self.device = Device(order, dry=dry, lazy=lazy)
+        self._queues = [self.device.queue]
         self._gemm_in_capture = gemm_in_capture
         self.cublas = SimpleNamespace(gemm=self._gemm)
         runtime = SimpleNamespace(
@@ -53,8 +54,8 @@ class FakeCupy:
         self.cuda = SimpleNamespace(
             runtime=runtime,
             Device=lambda number=0: SimpleNamespace(id=number, synchronize=self._synchronise),
-            Stream=lambda non_blocking=False: Stream(self.device),
-            get_current_stream=lambda: Stream(self.device),
+            Stream=self._stream,
+            get_current_stream=lambda: Stream(self.device, self.device.queue),
             Event=lambda disable_timing=False: Event(self.device),
             alloc_pinned_memory=self.device.pinned,
         )
@@ -113,8 +114,13 @@ class FakeCupy:
         self.device.launch(lambda: np.copyto(out.host, left @ right))
         return out
 
+    def _stream(self, non_blocking: bool = False) -> Stream:
+        self._queues.append(Queue())
+        return Stream(self.device, self._queues[-1])
+
     def _synchronise(self) -> None:
-        self.device.uncapturable("synchronisations")
+        for queue in self._queues:
+            self.device.wait(queue)
 
 
 def _device_arrays(*arrays: Any) -> None:
@@ -124,10 +130,12 @@ def _device_arrays(*arrays: Any) -> None:
 
 
 class Stream:
-    """A stream that can capture. A capture concerns the whole device here, as in CUDA's global mode."""
+    """A stream that can capture. Kernels go to the current stream's queue, which is the same all the time: a capture
+    concerns the whole device here, as in CUDA's global mode."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, queue: Queue) -> None:
         self._device = device
+        self.queue = queue
 
     def __enter__(self) -> Stream:
         return self
@@ -147,25 +155,30 @@ class Stream:
         return Graph(self._device, calls)
 
     def synchronize(self) -> None:
-        self._device.uncapturable("synchronisations")
+        self._device.wait(self.queue)
 
     def wait_event(self, event: Event) -> None:
-        """All streams are one queue here, in which everything waits for what came before."""
+        """What this stream is given from here on comes after what the event is of now: to record it anew does not
+        change that."""
+        self._device.uncapturable("waits for another stream")
+        queue, place = event.queue, event.place
+        self._device.give(self.queue, lambda: queue.run(place))
 
 
 class Event:
-    """A place in the order of what the device was given, to wait for. One that was not recorded is passed."""
+    """A place in the order of what a stream was given, to wait for. One that was not recorded is passed."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._place = 0
+        self.queue, self.place = device.queue, 0
 
     def record(self, stream: Stream | None = None) -> None:
-        self._place = self._device.given
+        self.queue = self._device.queue if stream is None else stream.queue
+        self.place = self.queue.given
 
     def synchronize(self) -> None:
-        if self._device.done < self._place:
-            self._device.uncapturable("synchronisations")
+        if self.queue.done < self.place:
+            self._device.wait(self.queue, self.place)
 
 
 class Graph:
