@@ -47,10 +47,13 @@ class Batches:
             self._source = on_device(backend, source)
             self._order = Order(backend, sampling, seed, source.n_rows, self._length, self.size)
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `first` on; each is valid until the next is asked for."""
+    def epoch(self, epoch: int, first: int = 0, *, follows: bool = True) -> Iterator[Batch]:
+        """The batches of an epoch from number `first` on; each is valid until the next is asked for.
+
+        Rows are read ahead beyond the epoch's end where the next one `follows`.
+        """
         if self._windows is not None:
-            yield from self._from_windows(self._windows, epoch, first * self.size)
+            yield from self._from_windows(self._windows, epoch, first * self.size, follows)
             return
         for start in range(first * self.size, self._length, self.size):
             n = min(self.size, self._length - start)
@@ -59,10 +62,10 @@ class Batches:
             self._source.fill(rows, batch)
             yield batch
 
-    def _from_windows(self, windows: Windows, epoch: int, place: int) -> Iterator[Batch]:
+    def _from_windows(self, windows: Windows, epoch: int, place: int, follows: bool) -> Iterator[Batch]:
         gather, filled = self._backend.gather, 0
         size = min(self.size, self._n_rows - place)
-        for window, places in windows.from_place(epoch, place):
+        for window, places in windows.from_place(epoch, place, follows):
             start = 0
             while start < len(places):
                 n = min(size - filled, len(places) - start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,8 @@ class FileSource(Source):
         self._loss = loss
 
     def fill(self, rows: Array, batch: Batch) -> None:
-        for start, end in runs(rows):
+        step = block_rows_for(self.n_inputs + self.n_targets)  # what is read on the way stays small
+        for start, end in runs(rows, step):
             first = self._first + int(rows[start])
             self._put(self._reader.read(first, end - start), first, batch.part(start, end))
 
@@ -67,10 +68,11 @@ class FileSource(Source):
         put(self._coding.code(wanted, np.arange(width)[None]), batch.targets.reshape(-1, width), "targets", first)
 
 
-def runs(rows: np.ndarray) -> list[tuple[int, int]]:
-    """Start and end of each run of consecutive row numbers."""
+def runs(rows: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each run of consecutive row numbers, of `most` rows at most."""
     starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1).tolist()
-    return list(zip(starts, [*starts[1:], len(rows)], strict=True))
+    for begin, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+        yield from ((start, min(start + most, end)) for start in range(begin, end, most))
 
 
 class GeneratedSource(Source):
