@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 
-from gpu_bp import NumpyBackend, Trainer, UserError, parse_config
+from gpu_bp import NumpyBackend, Trainer, UserError, load_data, parse_config
 from gpu_bp.backends import Backend
 from gpu_bp.cli import main
+from gpu_bp.data.arrays import ArrayReader
 from gpu_bp.data.shards import write_shards
 from gpu_bp.data.sources import SetReader
 from gpu_bp.data.synthetic import make_set
@@ -130,6 +131,20 @@ def test_files_larger_than_the_limit_train_in_order_as_resident_ones(config: Wri
     small.resident_bytes = 1000
     assert "read as they are needed (more than 0 MiB)" in Trainer(parse_config(made), small).where_data
     assert_same(trained(made), trained(made, small))
+
+
+def test_files_are_read_in_small_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """However many rows are asked for at once, so that what is made of them on the way stays small."""
+    parts: list[int] = []
+    read = ArrayReader.read
+    monkeypatch.setattr(ArrayReader, "read", lambda self, first, n: [parts.append(n), read(self, first, n)][1])
+    np.save(tmp_path / "x.npy", np.arange(6000.0).reshape(3000, 2))
+    np.save(tmp_path / "d.npy", np.arange(3000.0))
+    data = {"kind": "arrays", "inputs": str(tmp_path / "x.npy"), "targets": str(tmp_path / "d.npy"), "test_rows": 500}
+    rows = load_data(parse_config({"data": data, "network": {"hidden": [2]}, "train": {"epochs": 1}})).rows("test")
+    np.testing.assert_array_equal(rows.inputs, np.arange(5000.0, 6000).reshape(500, 2))
+    load_data(parse_config({"data": data, "network": {"hidden": [2]}, "train": {"epochs": 1}})).rows("train")
+    assert parts == [500, 1024, 1024, 452]
 
 
 # where the rows lie ------------------------------------------------------------------------------------------

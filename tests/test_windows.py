@@ -94,6 +94,18 @@ def test_every_place_is_found(sampling: Any, n_rows: int, rows: int, window: int
         assert [blocks.find(epoch, place) for place in range(n_rows)] == places
 
 
+@pytest.mark.parametrize(("sampling", "limit"), [("ordered", 2**23), ("shuffled", 2**26)])
+@pytest.mark.parametrize("width", [1, 20, 784, 10**5])
+def test_windows_are_small_by_default(sampling: Any, limit: int, width: int) -> None:
+    """Where blocks are large, such as the row groups of a Parquet file, they are taken in parts, but for shuffling."""
+    for block_rows in (1, 10, 2**20):
+        source = Numbers(10**9)
+        source.n_inputs, source.block_rows = width, block_rows
+        blocks = Blocks.of(source, sampling, 0, None, None)
+        assert blocks.rows * blocks.window * 8 * (width + 1) <= limit or (sampling, blocks.window) == ("shuffled", 1)
+        assert blocks.rows == block_rows or sampling == "ordered"
+
+
 @pytest.mark.parametrize("sampling", ["ordered", "shuffled"])
 def test_an_epoch_that_is_left_early(sampling: str) -> None:
     """Whatever is being read for it then, the next epochs are as they should be."""

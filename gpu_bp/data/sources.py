@@ -78,6 +78,8 @@ def runs(rows: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
 class GeneratedSource(Source):
     """Rows first to first + n of a synthetic set, generated where they are asked for: on `backend`."""
 
+    backend: Backend
+
     def __init__(
         self, backend: Backend, made: Set, seed: int, first: int, n_rows: int, preparation: Preparation, coding: Coding
     ) -> None:
@@ -134,6 +136,8 @@ class SetReader:
 class ResidentSource(Source):
     """A source whose rows all lie on the device: `inputs` (n, n_inputs) and `targets`, as in a `Batch`."""
 
+    backend: Backend
+
     def __init__(self, backend: Backend, source: Source, dtype: Any) -> None:
         super().__init__(
             source.n_rows, source.n_inputs, source.n_targets, source.task, indexed=source.indexed, block_rows=1
@@ -155,6 +159,8 @@ class ResidentSource(Source):
 
 class UploadedSource(Source):
     """A source of the host, its rows copied to the device as they are asked for."""
+
+    backend: Backend
 
     def __init__(self, backend: Backend, source: Source) -> None:
         super().__init__(
