@@ -231,6 +231,12 @@ class OwnData(DataSection):
 
     kind: Literal["own"]
 
+    @model_validator(mode="after")
+    def _splits(self) -> OwnData:
+        if self.validation_rows or self.test_rows:
+            raise ValueError("data.kind own: validation and test rows are sources of their own, not numbers of rows")
+        return self
+
 
 Synthetic = (
     DoubleMoon

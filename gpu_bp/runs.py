@@ -66,10 +66,10 @@ def train(
     path = Path(run) if run is not None else None
     if path:
         RunFolder.refuse_used(path)  # before the data are read; the folder is made once all else is well
-    trainer = Trainer(config, backend, _dataset(config, sources))
+    trainer = Trainer(config, backend, _dataset(config, sources, backend))
     logging.getLogger("gpu_bp").info(trainer.where_data)
     folder = RunFolder.create(config, path)
-    steps: Lines = trainer.run(interrupted)
+    steps = trainer.run(interrupted)
     try:
         for line in watch(trainer, steps) if watch else steps:
             if line is not None:
@@ -77,6 +77,8 @@ def train(
         evaluated = trainer.evaluate()
     except UserError as error:
         raise UserError(f"{error} (its metrics are in {folder.metrics_file})") from None
+    finally:
+        steps.close()  # nothing is read ahead any more
     trainer.model.save(folder.model_file)
     summary = {
         "name": config.name,
@@ -101,8 +103,15 @@ def train(
     return Result(summary, trainer.model, folder.path, drawn)
 
 
-def evaluate(run: str | Path, *, backend: str | Backend = "auto") -> dict[str, dict[str, Any]]:
+def evaluate(
+    run: str | Path, *, sources: Mapping[str, Source] | None = None, backend: str | Backend = "auto"
+) -> dict[str, dict[str, Any]]:
     """The loss and the metrics of a run's model on each of its splits, computed again from its data.
+
+    Args:
+        run: the run folder.
+        sources: of data of kind "own", as for `train`.
+        backend: "auto", "numpy", "cupy", or a backend.
 
     Raises:
         UserError: not a run folder, or its data are gone.
@@ -110,7 +119,7 @@ def evaluate(run: str | Path, *, backend: str | Backend = "auto") -> dict[str, d
     backend = _backend(backend)
     folder = RunFolder.open(Path(run))
     model, config = Model.load(folder.model_file, backend), folder.config()
-    dataset = load_data(config, model.preparation, backend=backend)
+    dataset = _dataset(config, sources, backend) or load_data(config, model.preparation, backend=backend)
     if [dataset.n_inputs, dataset.n_targets] != [model.network.widths[0], model.network.widths[-1]]:
         raise UserError(
             f"{folder.model_file} takes {model.network.widths[0]} inputs and gives {model.network.widths[-1]} outputs; "
@@ -121,13 +130,13 @@ def evaluate(run: str | Path, *, backend: str | Backend = "auto") -> dict[str, d
     return {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in made.items()}
 
 
-def _dataset(config: Config, sources: Mapping[str, Source] | None) -> Dataset | None:
+def _dataset(config: Config, sources: Mapping[str, Source] | None, backend: Backend) -> Dataset | None:
     """The data of sources that were given; None where they are to be loaded."""
     if sources is None:
         return None
     if config.data.kind != "own":
         raise UserError(f"sources are given, so data.kind must be own, not {config.data.kind}")
-    return own_data(sources)
+    return own_data(sources, config.loss.record(), backend)
 
 
 def _backend(backend: str | Backend) -> Backend:

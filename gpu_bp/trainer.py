@@ -6,7 +6,7 @@ source -> batches -> step: forward -> output delta -> backward -> update -> metr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -74,7 +74,7 @@ class Evaluator:
         """`loss`, the mean over the rows, and the task's metrics. Waits for the device."""
         metrics = Metrics(self._task)
         with np.errstate(over="ignore", invalid="ignore"):  # where a loss is not finite, the caller sees it
-            for batch in islice(self._batches.epoch(0), self._steps):
+            for batch in islice(self._batches.epoch(0, follows=False), self._steps):
                 outputs = self._objective.forward(batch)
                 metrics.add(self._backend.to_host(outputs), self._backend.to_host(batch.targets))
             return {"loss": self._objective.mean_loss(), **metrics.result()}
@@ -132,7 +132,7 @@ class Trainer:
         self.seconds = 0.0
         self.stopped = ""
 
-    def run(self, interrupted: Callable[[], bool] = lambda: False) -> Iterator[dict[str, Any] | None]:
+    def run(self, interrupted: Callable[[], bool] = lambda: False) -> Generator[dict[str, Any] | None, None, None]:
         """Trains; yields None after a step, and a line of metrics where one is due.
 
         `interrupted` is asked after every step; where it says yes, the training ends as at its last step.
@@ -146,7 +146,8 @@ class Trainer:
         # where a training diverges, its loss says so; NumPy's warnings would only come before it
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             while self.steps < self.total_steps and not self.stopped:
-                for batch in self._batches.epoch(epoch):
+                follows = (epoch + 1) * self._batches.per_epoch < self.total_steps
+                for batch in self._batches.epoch(epoch, follows=follows):
                     rate = optimizer.learning_rate
                     self._step(batch)
                     self.steps += 1

@@ -96,16 +96,41 @@ def load_data(config: Config, preparation: Preparation | None = None, *, backend
         columns = columns or _fit_columns(table, data, loss)
         return _from_files(TableReader(table, columns), data, loss, preparation, columns)
     assert isinstance(data, OwnData)
-    raise UserError("data.kind is own: these data are sources that are given from Python, to gpu_bp.train")
+    raise UserError(
+        "data.kind is own: sources are needed, which only Python can give: gpu_bp.train(config, sources=...), "
+        "gpu_bp.evaluate(run, sources=...)"
+    )
 
 
-def own_data(sources: Mapping[str, Source]) -> Dataset:
-    """The data of sources of one's own, by the name of the split: "train", and perhaps "validation" and "test"."""
+def own_data(sources: Mapping[str, Source], loss: Loss, backend: Backend) -> Dataset:
+    """The data of sources of one's own, by the name of the split: "train", and perhaps "validation" and "test".
+
+    Raises:
+        UserError: other names, sources that do not go together, or that do not fit the loss or the backend.
+    """
     if "train" not in sources or set(sources) - set(SPLITS):
-        raise UserError(f"sources must be named train, and perhaps validation and test, not {', '.join(sources)}")
+        given = ", ".join(map(str, sources)) or "none at all"
+        raise UserError(f"sources must be named train, and perhaps validation and test, not {given}")
     train = sources["train"]
+    for name, source in sources.items():
+        if not isinstance(source, Source):
+            raise UserError(f"the {name} source must be a gpu_bp.Source, not {type(source).__name__}")
+        if source.n_rows < 1:
+            raise UserError(f"the {name} source has no rows")
+        if source.backend not in (None, backend):
+            raise UserError(f"the {name} source is of another backend than the network's; give both the same")
+        if _of(source) != _of(train):
+            raise UserError(f"the {name} source has {_of(source)}, and the train source {_of(train)}")
+    if train.indexed and loss.targets != "classes":
+        raise UserError(f"the sources' targets are class indices, which loss {loss.name} does not take")
     preparation = Preparation(train.task, None, (0.0,) * train.n_inputs, (1.0,) * train.n_inputs)
     return Dataset(sources, preparation)
+
+
+def _of(source: Source) -> str:
+    """What the rows of a source are, in words."""
+    targets = f"{source.n_targets} classes" if source.indexed else f"{source.n_targets} targets"
+    return f"{source.n_inputs} inputs and {targets} a row, task {source.task.decision}"
 
 
 def _generated(data: Any, seed: int, loss: Loss, preparation: Preparation | None, backend: Backend) -> Dataset:

@@ -48,10 +48,13 @@ class Batches:
             self._source = on_device(backend, source)
             self._order = Order(backend, sampling, seed, source.n_rows, self._length, self.size)
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `first` on; each is valid until the next is asked for."""
+    def epoch(self, epoch: int, first: int = 0, *, follows: bool = True) -> Iterator[Batch]:
+        """The batches of an epoch from number `first` on; each is valid until the next is asked for.
+
+        Rows are read ahead beyond the epoch's end where the next one `follows`.
+        """
         if self._windows is not None:
-            yield from self._from_windows(self._windows, epoch, first * self.size)
+            yield from self._from_windows(self._windows, epoch, first * self.size, follows)
             return
         for start in range(first * self.size, self._length, self.size):
             n = min(self.size, self._length - start)
@@ -60,10 +63,10 @@ class Batches:
             self._source.fill(rows, batch)
             yield batch
 
-    def _from_windows(self, windows: Windows, epoch: int, place: int) -> Iterator[Batch]:
+    def _from_windows(self, windows: Windows, epoch: int, place: int, follows: bool) -> Iterator[Batch]:
         size = min(self.size, self._n_rows - place)
         filled = 0  # rows of the batch in progress, where it began in the window before
-        for window, places in windows.from_place(epoch, place):
+        for window, places in windows.from_place(epoch, place, follows):
             start, end = 0, window.n if places is None else len(places)
             while start < end:
                 n = min(size - filled, end - start)

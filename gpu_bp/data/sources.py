@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from gpu_bp.errors import UserError
 from gpu_bp.formula import Columns, Place, Program
 from gpu_bp.spec import Array, Loss
 
-# Inputs that are read at once, at least: fewer calls for long ranges, and still little memory.
+# Inputs that are read at once: few calls for long ranges, and what is made on the way stays small.
 READ_NUMBERS = 2**19
 
 
@@ -52,7 +52,6 @@ class FileSource(Source):
             block_rows=reader.block_rows,
         )
         self._reader = reader
-        self._read_rows = reader.block_rows * max(1, READ_NUMBERS // (reader.block_rows * reader.n_inputs))
         self._first = first
         self._preparation = preparation
         self._coding = coding
@@ -61,12 +60,10 @@ class FileSource(Source):
         self._as_they_are = not preparation.scales and (coding.indexed or not coding.labels)
 
     def fill(self, rows: Array, batch: Batch) -> None:
-        for begin, finish in runs(rows):
-            for start in range(begin, finish, self._read_rows):
-                end, first = min(start + self._read_rows, finish), self._first + int(rows[start])
-                part = batch.part(start, end)
-                out = Rows(part.inputs, part.targets) if self._as_they_are else None
-                self._put(self._reader.read(first, end - start, out), first, part)
+        for start, end in runs(rows, READ_NUMBERS // self.n_inputs + 1):
+            first, part = self._first + int(rows[start]), batch.part(start, end)
+            out = Rows(part.inputs, part.targets) if self._as_they_are else None
+            self._put(self._reader.read(first, end - start, out), first, part)
 
     def _put(self, read: Rows, first: int, batch: Batch) -> None:
         put(self._preparation.inputs(read.inputs), batch.inputs, "inputs", first)
@@ -77,10 +74,11 @@ class FileSource(Source):
         put(self._coding.code(wanted, np.arange(width)[None]), batch.targets.reshape(-1, width), "targets", first)
 
 
-def runs(rows: np.ndarray) -> list[tuple[int, int]]:
-    """Start and end of each run of consecutive row numbers."""
+def runs(rows: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each run of consecutive row numbers, of `most` rows at most."""
     starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1).tolist()
-    return list(zip(starts, [*starts[1:], len(rows)], strict=True))
+    for begin, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+        yield from ((start, min(start + most, end)) for start in range(begin, end, most))
 
 
 class GeneratedSource(Source):

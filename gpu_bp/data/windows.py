@@ -13,7 +13,7 @@ While the steps take rows from one window, a thread reads the next into the memo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from gpu_bp.spec import Array
 
 WINDOW_BLOCKS = 64
 WINDOW_BYTES = 2**26  # of numbers of 8 bytes, so that the order does not depend on the precision
+ORDERED_BYTES = 2**23  # where nothing is shuffled: enough to be ahead
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,12 @@ class Blocks:
     @classmethod
     def of(cls, source: Source, sampling: Sampling, seed: int, rows: int | None, window: int | None) -> Blocks:
         """Blocks of so many rows and windows of so many blocks, or by default what suits the source."""
-        rows = min(rows or source.block_rows, source.n_rows)
-        fitting = WINDOW_BYTES // (8 * rows * (source.n_inputs + (1 if source.indexed else source.n_targets)))
+        row_bytes = 8 * (source.n_inputs + (1 if source.indexed else source.n_targets))
+        window_bytes = ORDERED_BYTES if sampling == "ordered" else WINDOW_BYTES
+        if rows is None:  # in order, rows that are best asked for together are so in parts too
+            rows = min(source.block_rows, max(1, window_bytes // row_bytes) if sampling == "ordered" else source.n_rows)
+        rows = min(rows, source.n_rows)
+        fitting = window_bytes // (row_bytes * rows)
         window = min(window or max(1, min(WINDOW_BLOCKS, fitting)), -(-source.n_rows // rows))
         return cls(source.n_rows, rows, window, sampling, seed)
 
@@ -72,9 +77,9 @@ class Blocks:
     def blocks(self, epoch: int, window: int) -> list[tuple[int, int]]:
         """The ranges of rows of a window, as first row and number of rows: a range a block, or one for all in order."""
         permutation = self._permutation(epoch)
-        if permutation is None:  # one range of rows
+        if permutation is None:
             first = window * self.window * self.rows
-            return [(first, min(self.n_rows, first + self.window * self.rows) - first)]
+            return [(first, min(self.n_rows - first, self.window * self.rows))]
         numbers = np.arange(window * self.window, min((window + 1) * self.window, self.count))
         taken = permutation(numbers)[0].tolist()
         return [(b * self.rows, min(self.rows, self.n_rows - b * self.rows)) for b in taken]
@@ -122,18 +127,19 @@ class Windows:
         self._thread = ThreadPoolExecutor(1, "gpu_bp-reader") if ahead else None
         self._places = backend.zeros((blocks.window_rows,), np.int64)
 
-    def from_place(self, epoch: int, place: int) -> Iterator[tuple[Batch, Array | None]]:
+    def from_place(self, epoch: int, place: int, follows: bool) -> Iterator[tuple[Batch, Array | None]]:
         """From a place of an epoch to the epoch's end, window by window: its rows that are to come.
 
         They are to be taken in their order where there is none with them, else the places (n,) say which first.
-        Each window is valid until the next is asked for.
+        Each window is valid until the next is asked for. Where the next epoch `follows`, its first window is read
+        ahead too.
         """
         window, skipped = self._blocks.find(epoch, place)
         try:
             while window < self._blocks.windows:
                 slot = self._ask_for(epoch, window)
-                if self._thread is not None:
-                    self._ask_for(*divmod(epoch * self._blocks.windows + window + 1, self._blocks.windows))
+                if self._thread is not None and (follows or window + 1 < self._blocks.windows):
+                    self._ask_for(*divmod(epoch * self._blocks.windows + window + 1, self._blocks.windows), slot)
                 self._finish(slot)
                 self._backend.await_uploads()
                 n = sum(rows for _, rows in slot.blocks)
@@ -144,34 +150,51 @@ class Windows:
                     self._backend.permute(self._blocks.within(epoch, window, n), 0, places.reshape(1, -1))
                     yield slot.device.part(0, n), places[skipped:]
                 window, skipped = window + 1, 0
+        except BaseException:  # GeneratorExit too, where the epoch is left early
+            for slot in self._slots:
+                if slot.reading is not None:
+                    slot.blocks = []  # the thread stops at the end of its block
+            raise
         finally:
             self._backend.finish_uploads()  # who drops the windows now gives no memory back that is being copied
 
     def upload_what_is_read(self) -> None:
-        """Begins to copy windows that have been read meanwhile to the device; called now and then."""
+        """Begins to copy windows that have been read meanwhile to the device; called now and then.
+
+        One that could not be read is an error only where it is needed, so that chance has no part in it.
+        """
         for slot in self._slots:
-            if slot.reading is not None and slot.reading.done():
+            if slot.reading is not None and slot.reading.done() and slot.reading.exception() is None:
                 self._finish(slot)
 
-    def _ask_for(self, epoch: int, window: int) -> Slot:
-        """The slot of a window, which is being read into it if it is not there."""
-        slot = self._slots[(epoch * self._blocks.windows + window) % len(self._slots)]
+    def _ask_for(self, epoch: int, window: int, beside: Slot | None = None) -> Slot:
+        """The slot that has a window, or is reading it; else one, but not `beside`, is given to it."""
         blocks = self._blocks.blocks(epoch, window)
-        if blocks != slot.blocks:
-            self._finish(slot)  # an epoch that was left early may still be reading
-            self._backend.finish_uploads()
+        slots = [slot for slot in self._slots if slot is not beside]
+        for slot in slots:
+            if slot.blocks == blocks:
+                return slot
+        slot = slots[0]
+        slot.blocks = blocks
+        if slot.reading is not None:  # from an epoch that was left early; it stops, and its errors are nobody's
+            wait([slot.reading])
+        self._backend.finish_uploads()
+        if self._thread is not None:
+            slot.reading = self._thread.submit(self._read, slot, blocks)
+            return slot
+        try:
+            self._read(slot, blocks)
+        except BaseException:
             slot.blocks = []
-            if self._thread is not None:
-                slot.reading = self._thread.submit(self._read, slot, blocks)
-            else:
-                self._read(slot, blocks)
-                self._upload(slot)
-            slot.blocks = blocks
+            raise
+        self._upload(slot)
         return slot
 
     def _read(self, slot: Slot, blocks: list[tuple[int, int]]) -> None:
         start = 0
         for first, n in blocks:
+            if slot.blocks is not blocks:
+                return  # they are not wanted any more
             part = slot.filled.part(start, start + n)
             if slot.filled is slot.device:
                 self._backend.count(first, part.rows)

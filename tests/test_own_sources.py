@@ -1,0 +1,162 @@
+"""Sources of one's own, given from Python: `gpu_bp.train(config, sources=...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpu_bp
+from gpu_bp import Batch, NumpyBackend, Source, Task, UserError
+from gpu_bp.backends import Backend
+from gpu_bp.cli import main
+
+Tiny = Callable[..., dict[str, Any]]
+
+
+class Waves(Source):
+    """A sine of two inputs, or with `classes` its sign as a class."""
+
+    def __init__(self, n_rows: int, first: int = 0, *, classes: bool = False, n_inputs: int = 2) -> None:
+        task = Task("argmax", ("low", "high")) if classes else Task("none")
+        super().__init__(n_rows, n_inputs, 2 if classes else 1, task, indexed=classes, block_rows=8)
+        self.first = first
+
+    def fill(self, rows: Any, batch: Batch) -> None:
+        numbers = np.sin(np.multiply.outer(rows + self.first, np.arange(1.0, self.n_inputs + 1)))
+        wanted = np.sin(3 * numbers[:, :1])
+        batch.inputs[:] = numbers
+        batch.targets[:] = wanted[:, 0] > 0 if self.indexed else wanted
+
+
+class Broken(Waves):
+    """Fails at row 100."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(200)
+        self.error = error
+
+    def fill(self, rows: Any, batch: Batch) -> None:
+        if 100 in rows:
+            raise self.error
+        super().fill(rows, batch)
+
+
+def splits(**keywords: Any) -> dict[str, Source]:
+    return {
+        "train": Waves(200, **keywords),
+        "validation": Waves(50, 200, **keywords),
+        "test": Waves(60, 250, **keywords),
+    }
+
+
+@pytest.fixture
+def own(tiny_config: Tiny) -> Tiny:
+    """A config of data of one's own, with sections changed."""
+
+    def make(classes: bool = False, **sections: Any) -> dict[str, Any]:
+        made = tiny_config(loss={"kind": "cross_entropy" if classes else "squared_error"}, **sections)
+        return {**made, "data": {"kind": "own", **sections.get("data", {})}}
+
+    return make
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_own_sources(
+    backend: Backend, own: Tiny, in_tmp: Path, capsys: pytest.CaptureFixture[str], classes: bool
+) -> None:
+    """Trained in windows or resident, evaluated again, drawn, and asked for predictions."""
+    for residency in ("host", "device"):
+        small = {"residency": residency, "block_rows": 8, "window_blocks": 5}
+        sources, run = splits(classes=classes), in_tmp / residency
+        result = gpu_bp.train(own(classes, data=small), sources=sources, backend=backend, run=run)
+        assert {name: result.summary[name]["rows"] for name in sources} == {"train": 200, "validation": 50, "test": 60}
+        assert {path.name for path in result.pictures} >= {"curves.png", "boundary.png"}
+        again = gpu_bp.evaluate(run, sources=sources, backend=backend)
+        assert again == {name: result.summary[name] for name in sources}
+        inputs = np.random.default_rng(0).standard_normal((5, 2))
+        np.save("x.npy", inputs)
+        names, columns = result.model.predict(Path("x.npy"))
+        assert names == (["class", "p_low", "p_high"] if classes else ["y"])
+        assert len(columns[0]) == 5
+    with pytest.raises(SystemExit) as exited:
+        main(["evaluate", "host", "--backend", "numpy"])
+    assert exited.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: data.kind is own: sources are needed, which only Python can give: "
+        "gpu_bp.train(config, sources=...), gpu_bp.evaluate(run, sources=...)\n"
+    )
+
+
+def test_own_sources_in_order_do_not_depend_on_the_residency(own: Tiny, tmp_path: Path) -> None:
+    outcomes = []
+    for data in ({"residency": "device"}, {"residency": "host", "block_rows": 8, "window_blocks": 3}):
+        made = own(data=data, train={"sampling": "ordered"})
+        run = tmp_path / data["residency"]  # type: ignore[operator]
+        outcomes.append(gpu_bp.train(made, sources=splits(), backend="numpy", run=run, pictures=False))
+    for name, tensor in outcomes[0].model.network.tensors().items():
+        np.testing.assert_array_equal(tensor, outcomes[1].model.network.tensors()[name])
+
+
+def of_another_backend() -> Source:
+    source = Waves(9)
+    source.backend = NumpyBackend()
+    return source
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (None, "data.kind is own: sources are needed, which only Python can give: gpu_bp.train(config, sources=...)"),
+        ({}, "sources must be named train, and perhaps validation and test, not none at all"),
+        ({"training": Waves(9)}, "must be named train, and perhaps validation and test, not training"),
+        ({"train": Waves(9), "tset": Waves(9)}, "and perhaps validation and test, not train, tset"),
+        ({"train": np.ones((9, 2))}, "the train source must be a gpu_bp.Source, not ndarray"),
+        ({"train": Waves(0)}, "the train source has no rows"),
+        ({"train": Waves(9), "test": Waves(0)}, "the test source has no rows"),
+        (
+            {"train": Waves(9), "test": Waves(9, n_inputs=3)},
+            "the test source has 3 inputs and 1 targets a row, task none, and the train source 2 inputs and 1 targets",
+        ),
+        ({"train": Waves(9, classes=True)}, "targets are class indices, which loss squared_error does not take"),
+        ({"train": of_another_backend()}, "the train source is of another backend than the network's"),
+    ],
+)
+def test_sources_that_are_refused(own: Tiny, in_tmp: Path, sources: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        gpu_bp.train(own(), sources=sources, backend="numpy")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(in_tmp.iterdir()), "a training that never began leaves no folder"
+
+
+def test_sources_for_other_data(own: Tiny, tiny_config: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sources are given, so data.kind must be own, not double-moon"):
+        gpu_bp.train(tiny_config(), sources=splits(), backend="numpy")
+    with pytest.raises(UserError, match="validation and test rows are sources of their own, not numbers of rows"):
+        gpu_bp.train(own(data={"test_rows": 5}), sources=splits(), backend="numpy")
+    gpu_bp.train(tiny_config(), backend="numpy", run=tmp_path / "moon", pictures=False)
+    with pytest.raises(UserError, match="sources are given, so data.kind must be own, not double-moon"):
+        gpu_bp.evaluate(tmp_path / "moon", sources=splits(), backend="numpy")
+    gpu_bp.train(own(), sources=splits(), backend="numpy", run=tmp_path / "own", pictures=False)
+    with pytest.raises(UserError, match="takes 2 inputs and gives 1 outputs; .* have 3 inputs and 1 targets"):
+        gpu_bp.evaluate(tmp_path / "own", sources={"train": Waves(9, n_inputs=3)}, backend="numpy")
+
+
+@pytest.mark.parametrize("residency", ["host", "device"])
+def test_errors_of_a_source_are_its_own(own: Tiny, tmp_path: Path, residency: str) -> None:
+    """What is for the user to mend stays so; a fault in the source's code is not hidden. Metrics are kept."""
+    made = own(
+        data={"residency": residency, "block_rows": 8, "window_blocks": 3},
+        train={"sampling": "ordered", "log_every": 1},
+    )
+    for error in (UserError("the tape at row 100 is torn"), ZeroDivisionError("row 100")):
+        run = tmp_path / type(error).__name__
+        with pytest.raises(type(error), match="row 100") as caught:
+            gpu_bp.train(made, sources={"train": Broken(error)}, backend="numpy", run=run)
+        if residency == "host":
+            assert len((run / "metrics.jsonl").read_text().splitlines()) == 12  # rows 96 to 119 are the fifth window
+            assert isinstance(error, ZeroDivisionError) or "its metrics are in" in str(caught.value)
