@@ -62,20 +62,31 @@ class NpyFile:
         if self._fortran and len(self.shape) == 2:  # a row's numbers lie far apart
             rows = np.array(np.load(self.path, allow_pickle=False, mmap_mode="r")[first : first + n], order="C")
         else:
-            # read, not mapped: pages of a map count as memory of the process
             rows = np.empty((n, *self.shape[1:]), self.dtype)
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self._start + first * self.width * self.dtype.itemsize)
-                view = rows.data.cast("B")
-                while view:
-                    got = file.readinto(view)
-                    if not got:
-                        raise UserError(f"{self.what}: {self.path} was cut off while it was read")
-                    view = view[got:]
+            read_into(rows, self.path, self._start + first * self.width * self.dtype.itemsize)
         if self.dtype.kind == "f" and not np.isfinite(rows).all():
             row = first + int(np.argwhere(~np.isfinite(rows))[0][0])
             raise UserError(f"{self.what}: {self.path} has a NaN or infinity in row {row} (counting from 0)")
         return rows
+
+
+def read_into(out: np.ndarray, path: Path, start: int) -> None:
+    """Fills an array with the bytes of a file from `start` on.
+
+    It is opened anew each time, so that any number of files and threads needs no open files between reads; and read,
+    not mapped, because the pages of a map count as memory of the process.
+
+    Raises:
+        UserError: the file ends before.
+    """
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        view = out.data.cast("B")
+        while view:
+            n = file.readinto(view)
+            if not n:
+                raise UserError(f"{path} became shorter while it was read")
+            view = view[n:]
 
 
 def real(rows: np.ndarray) -> np.ndarray:

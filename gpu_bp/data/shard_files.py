@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gpu_bp.data.arrays import read_into
 from gpu_bp.data.shard_manifest import MANIFEST, Manifest, PartFile, ShardFile
 from gpu_bp.errors import UserError
 
@@ -73,18 +74,10 @@ class NpyFiles:
     def read(self, index: int, start: int, inputs: np.ndarray, wanted: np.ndarray) -> None:
         for name, expected, out in zip(self.names(index), self._arrays(index), (inputs, wanted), strict=True):
             path = self.folder / name
-            # Opened anew each time, so that any number of shards and threads needs no open files between reads;
-            # read and not mapped, because mapped pages count as memory in use.
-            with path.open("rb", buffering=0) as file:
-                if name not in self._starts:
+            if name not in self._starts:
+                with path.open("rb") as file:
                     self._starts[name] = _check_header(path, file, *expected)
-                file.seek(self._starts[name] + start * (out.nbytes // len(out)))
-                view = out.data.cast("B")
-                while view:
-                    n = file.readinto(view)
-                    if not n:
-                        raise UserError(f"{path} became shorter while it was read")
-                    view = view[n:]
+            read_into(out, path, self._starts[name] + start * (out.nbytes // len(out)))
 
     def _arrays(self, index: int) -> tuple[tuple[np.dtype[Any], tuple[int, ...]], ...]:
         """The dtype and the shape of a shard's inputs and of what is wanted, little-endian on disk."""
