@@ -91,7 +91,7 @@ def images(n: int, epochs: int) -> np.ndarray:
 def unlike_random() -> list[str]:
     """What is not as among permutations that are drawn, each as likely as any other: nothing, of good ones."""
     found = []
-    drawn = {order: 0 for order in itertools.permutations(range(4))}
+    drawn = dict.fromkeys(itertools.permutations(range(4)), 0)
     for order in map(tuple, images(4, 12_000).tolist()):
         drawn[order] += 1
     if stats.chisquare(list(drawn.values())).pvalue < LEVEL:

@@ -49,4 +49,6 @@ def choices(kind: str) -> dict[str, set[Any]]:
     """The fields by which a set chooses its formulas, and what they can be: those that are not of all kinds of data."""
     common = {"kind", "residency", "scaling"}
     fields = SECTIONS[kind].model_fields.items()
-    return {n: set(get_args(f.annotation)) for n, f in fields if get_origin(f.annotation) is Literal and n not in common}
+    return {
+        n: set(get_args(f.annotation)) for n, f in fields if get_origin(f.annotation) is Literal and n not in common
+    }

@@ -48,7 +48,13 @@ def compile_kernel(kernel: Kernel, architecture: int, *extra: str) -> Compiled:
     codegen.require()
     nvrtc = _nvrtc()
     source = (codegen.header_text() if kernel.with_cupy_headers else "") + kernel.source
-    options = (*codegen.nvrtc_options(architecture), "--ptxas-options=-v", "--pch", *kernel.options, *extra)  # headers read once
+    options = (
+        *codegen.nvrtc_options(architecture),
+        "--ptxas-options=-v",
+        "--pch",
+        *kernel.options,
+        *extra,
+    )  # headers read once
     what = [source, *options, str(nvrtc.getVersion()), codegen.real_cupy().__version__]
     path = (
         cache_folder() / f"{kernel.name}-sm{architecture}-{hashlib.sha256(repr(what).encode()).hexdigest()[:32]}.json"
