@@ -29,6 +29,7 @@ class Kernel(NamedTuple):
     operation: str
     name: str
     preamble: str = ""
+    options: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -205,7 +206,12 @@ def generate(program: Program, columns: Columns, name: str) -> tuple[tuple[str, 
     arrays, body = trace(program, columns)
     parameters = "".join(f", raw float64 array_{array}" for array in arrays)
     return arrays, Kernel(
-        f"raw int64 rows, int64 first, uint64 seed{parameters}", "Y y", body, f"gpu_bp_generate_{name}", CUDA_RANDOM
+        f"raw int64 rows, int64 first, uint64 seed{parameters}",
+        "Y y",
+        body,
+        f"gpu_bp_generate_{name}",
+        CUDA_RANDOM,
+        ("--fmad=false",),  # products and sums are rounded as NumPy rounds them
     )
 
 

@@ -66,7 +66,7 @@ _CUDA_NAMES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np
 @functools.cache
 def compiled(kernel: kernels.Kernel) -> Any:
     """The kernel, which CuPy compiles for each combination of dtypes when it is first called with them."""
-    return cupy.ElementwiseKernel(*kernel[:4], preamble=kernel.preamble)
+    return cupy.ElementwiseKernel(*kernel[:4], preamble=kernel.preamble, options=kernel.options)
 
 
 @functools.cache

@@ -105,12 +105,22 @@ class Kernel:
         source: as it is given to the CUDA compiler.
         with_cupy_headers: whether CuPy includes its own headers, as it does for all but a RawKernel.
         fibers: whether threads may meet at barriers and in shuffles. Slower.
+        options: what the CUDA compiler gets besides; nothing to g++.
     """
 
-    def __init__(self, source: str, name: str, *, with_cupy_headers: bool = False, fibers: bool = False) -> None:
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        *,
+        with_cupy_headers: bool = False,
+        fibers: bool = False,
+        options: tuple[str, ...] = (),
+    ) -> None:
         headers = "#include <cupy/carray.cuh>\n" if with_cupy_headers else ""
         self.name = name
         self.source = source
+        self.options = options
         self.with_cupy_headers = with_cupy_headers
         self.text = (
             f'#include "{HEADER.name}"\n{headers}{source}\n'

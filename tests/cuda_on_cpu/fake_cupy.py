@@ -275,7 +275,9 @@ class ElementwiseKernel:
         key = (signature, ndim)
         if key not in self._compiled:
             source = codegen.elementwise_source(self.real, signature, ndim, type_map)
-            self._compiled[key] = Kernel(source, self.real.name, with_cupy_headers=True)
+            self._compiled[key] = Kernel(
+                source, self.real.name, with_cupy_headers=True, options=self.real.kwargs.get("options", ())
+            )
             self._device.kernels.append(self._compiled[key])
         return self._compiled[key]
 

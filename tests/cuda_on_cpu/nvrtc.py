@@ -25,7 +25,7 @@ class Compiled:
 
     Attributes:
         cubin_bytes: the length of the machine code.
-        doubles: PTX instructions on doubles, the first few.
+        doubles: PTX instructions on doubles, the first 50.
         local: declarations of local memory in the PTX.
         stack_bytes, spill_bytes, registers: what the assembler reports.
     """
@@ -48,7 +48,13 @@ def compile_kernel(kernel: Kernel, architecture: int, *extra: str) -> Compiled:
     codegen.require()
     nvrtc = _nvrtc()
     source = (codegen.header_text() if kernel.with_cupy_headers else "") + kernel.source
-    options = (*codegen.nvrtc_options(architecture), "--ptxas-options=-v", "--pch", *extra)  # headers read once
+    options = (
+        *codegen.nvrtc_options(architecture),
+        "--ptxas-options=-v",
+        "--pch",
+        *kernel.options,
+        *extra,
+    )  # headers read once
     what = [source, *options, str(nvrtc.getVersion()), codegen.real_cupy().__version__]
     path = (
         cache_folder() / f"{kernel.name}-sm{architecture}-{hashlib.sha256(repr(what).encode()).hexdigest()[:32]}.json"
@@ -95,7 +101,7 @@ def _read(name: str, cubin: bytes, ptx: str, log: str) -> Compiled:
     assert used is not None
     return Compiled(
         cubin_bytes=len(cubin),
-        doubles=tuple(re.findall(r"^\s*(\S*\.f64\S*.*;)", body[0], re.MULTILINE)[:3]),
+        doubles=tuple(re.findall(r"^\s*(\S*\.f64\S*.*;)", body[0], re.MULTILINE)[:50]),
         local=tuple(re.findall(r"^\s*(\.local .*;)", body[0], re.MULTILINE)),
         stack_bytes=max(int(stack) for stack, _, _ in numbers),
         spill_bytes=max(int(stores) + int(loads) for _, stores, loads in numbers),
