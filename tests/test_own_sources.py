@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import gpu_bp
-from gpu_bp import Batch, NumpyBackend, Source, Task, UserError
+from gpu_bp import Batch, NumpyBackend, Source, Task, Trainer, UserError
 from gpu_bp.backends import Backend
 from gpu_bp.cli import main
+from gpu_bp.data import own_data
 
 Tiny = Callable[..., dict[str, Any]]
 
@@ -99,6 +100,21 @@ def test_own_sources_in_order_do_not_depend_on_the_residency(own: Tiny, tmp_path
         outcomes.append(gpu_bp.train(made, sources=splits(), backend="numpy", run=run, pictures=False))
     for name, tensor in outcomes[0].model.network.tensors().items():
         np.testing.assert_array_equal(tensor, outcomes[1].model.network.tensors()[name])
+
+
+def test_a_training_reads_each_row_once_an_epoch(own: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead into the next epoch, but not beyond the last."""
+    asked: list[int] = []
+    fill = Waves.fill
+    monkeypatch.setattr(
+        Waves, "fill", lambda self, rows, batch: [asked.append(int(rows[0])), fill(self, rows, batch)][1]
+    )
+    data = {"residency": "host", "block_rows": 8, "window_blocks": 5}
+    config = gpu_bp.parse_config(own(data=data, train={"sampling": "ordered"}))
+    backend = NumpyBackend()
+    trainer = Trainer(config, backend, own_data({"train": Waves(200)}, config.loss.record(), backend))
+    list(trainer.run())
+    assert asked == [*range(0, 200, 8)] * 2
 
 
 def of_another_backend() -> Source:

@@ -133,7 +133,7 @@ def test_files_larger_than_the_limit_train_in_order_as_resident_ones(config: Wri
     assert_same(trained(made), trained(made, small))
 
 
-def test_files_are_read_in_small_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_files_are_read_in_small_parts(config: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """However many rows are asked for at once, so that what is made of them on the way stays small."""
     parts: list[int] = []
     read = ArrayReader.read
@@ -141,9 +141,10 @@ def test_files_are_read_in_small_parts(monkeypatch: pytest.MonkeyPatch, tmp_path
     np.save(tmp_path / "x.npy", np.arange(6000.0).reshape(3000, 2))
     np.save(tmp_path / "d.npy", np.arange(3000.0))
     data = {"kind": "arrays", "inputs": str(tmp_path / "x.npy"), "targets": str(tmp_path / "d.npy"), "test_rows": 500}
-    rows = load_data(parse_config({"data": data, "network": {"hidden": [2]}, "train": {"epochs": 1}})).rows("test")
+    dataset = load_data(parse_config({**config(), "data": data}))
+    rows = dataset.rows("test")
     np.testing.assert_array_equal(rows.inputs, np.arange(5000.0, 6000).reshape(500, 2))
-    load_data(parse_config({"data": data, "network": {"hidden": [2]}, "train": {"epochs": 1}})).rows("train")
+    dataset.rows("train")
     assert parts == [500, 1024, 1024, 452]
 
 

@@ -187,6 +187,8 @@ def test_an_error_comes_when_its_rows_are_needed(monkeypatch: pytest.MonkeyPatch
         list(islice(epoch, 12))
         with pytest.raises(RuntimeError, match="row 60 is broken"):
             next(epoch)
+        with pytest.raises(RuntimeError, match="row 60 is broken"):  # it is not taken for read
+            next(batches.epoch(0, 12))
 
 
 def test_a_single_window_that_could_not_be_read_is_not_there() -> None:
