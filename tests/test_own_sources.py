@@ -114,7 +114,7 @@ def test_a_training_reads_each_row_once_an_epoch(own: Tiny, monkeypatch: pytest.
     backend = NumpyBackend()
     trainer = Trainer(config, backend, own_data({"train": Waves(200)}, config.loss.record(), backend))
     list(trainer.run())
-    assert asked == [*range(0, 200, 8)] * 2
+    assert asked == [*range(0, 200, 40)] * 2
 
 
 def of_another_backend() -> Source:
