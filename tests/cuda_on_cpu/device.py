@@ -103,7 +103,7 @@ class Device:
             raise CaptureError(f"{' and '.join(what)} during a capture")
 
     def wait(self, queue: Queue | None = None, until: int | None = None) -> None:
-        """The host waits until a stream, by default the current one, has made the first `until` of its calls, or all."""
+        """The host waits until a stream, by default the current one, has made its first `until` calls, or all."""
         self.uncapturable("synchronisations")
         (queue or self.queue).run(until)
 
