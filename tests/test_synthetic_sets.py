@@ -74,7 +74,7 @@ def test_noisy_spirals_are_normal_about_the_spirals() -> None:
 
 @pytest.mark.parametrize(("n_classes", "n_inputs", "error"), [(2, 2, 0.1), (3, 5, 0.3), (10, 10, 0.05)])
 def test_the_best_classifier_of_blobs_errs_as_asked(n_classes: int, n_inputs: int, error: float) -> None:
-    """It takes the nearest middle: of 200 000 rows as many are wrong as binomial chance allows, and classes are even."""
+    """It takes the nearest middle: as many of the rows are wrong as binomial chance allows; the classes are even."""
     n = 200_000
     x, labels = rows_of(made("gaussian-blobs", n_classes=n_classes, n_inputs=n_inputs, bayes_error=error), n)
     middles = shift_for(error, n_classes) * np.eye(n_classes, n_inputs)

@@ -63,11 +63,12 @@ class ShardReader:
         m = self.manifest
         if not 0 <= first <= first + n <= m.rows:
             raise IndexError(f"rows {first} to {first + n} of {m.rows}")
-        if out is not None and (out.inputs.dtype, out.wanted.dtype) == (m.dtype, np.int64 if m.classes else m.dtype):
+        dtype, wanted_dtype = np.dtype(m.dtype), np.dtype(np.int64 if m.classes else m.dtype)
+        if out is not None and (out.inputs.dtype, out.wanted.dtype) == (dtype, wanted_dtype):
             inputs, wanted = out.inputs, out.wanted
         else:
-            inputs = np.empty((n, m.n_inputs), m.dtype)
-            wanted = np.empty(n, np.int64) if m.classes else np.empty((n, m.n_targets), m.dtype)
+            inputs = np.empty((n, m.n_inputs), dtype)
+            wanted = np.empty(n if m.classes else (n, m.n_targets), wanted_dtype)
         done = 0
         with self._lock:
             while done < n:
