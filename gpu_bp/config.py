@@ -229,7 +229,7 @@ class TrainSection(Section):
         None, description="steps a line of metrics; by default a line an epoch, or a hundred where rows are seen once"
     )
     stop_at_errors: Rows | None = Field(
-        None, description="stop once the training rows have at most so many errors; looked at with every line"
+        None, description="stop once the training rows, the first 131,072 at most, have at most so many errors"
     )
 
     @model_validator(mode="after")

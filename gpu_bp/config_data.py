@@ -6,12 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gpu_bp.config_types import Count, Finite, Positive, Rows, Section, Width
+from gpu_bp.config_types import Count, Rows, Section, Width
 
 Scaling = Literal["none", "standardise", "max-abs"]
 Distribution = Literal["normal", "uniform"]
 TrainRows = Annotated[int, Field(ge=1, le=10**15, description="training rows")]
-Noise = Annotated[float, Field(ge=0, allow_inf_nan=False, description="standard deviation of the normal noise")]
+# Numbers whose squares float32 can hold.
+Length = Annotated[float, Field(gt=0, le=1e15)]
+Offset = Annotated[float, Field(ge=-1e15, le=1e15)]
+Noise = Annotated[float, Field(ge=0, le=1e15, description="standard deviation of the normal noise")]
 Bits = Annotated[int, Field(ge=2, le=48, description="bits a row")]
 
 
@@ -43,9 +46,9 @@ class DoubleMoon(Scaled):
 
     kind: Literal["double-moon"]
     rows: TrainRows = 1000
-    radius: Positive = Field(10.0, description="mean radius of a ring")
-    width: Positive = Field(6.0, description="width of a ring")
-    distance: Finite = Field(-4.0, description="vertical distance between the rings; negative: they interlock")
+    radius: Length = Field(10.0, description="mean radius of a ring")
+    width: Length = Field(6.0, description="width of a ring")
+    distance: Offset = Field(-4.0, description="vertical distance between the rings; negative: they interlock")
     scaling: Scaling = Field("max-abs", description="of the inputs, fitted to the training rows")
 
     @model_validator(mode="after")

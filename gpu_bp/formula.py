@@ -13,7 +13,7 @@ then computes one value. Everything is float64 until it is cast into the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -90,6 +90,13 @@ class Program:
         return max(columns.width for columns in (*self.stages.values(), *self.outputs))
 
 
+def runs(rows: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Start and end of each run of consecutive row numbers, of `most` rows at most."""
+    starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1).tolist()
+    for begin, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+        yield from ((start, min(start + most, end)) for start in range(begin, end, most))
+
+
 class _Rows:
     """What the places of one block of rows share: their draws and stages, each made when first asked for."""
 
@@ -100,19 +107,15 @@ class _Rows:
         self._draws: dict[tuple[Any, Draws], np.ndarray] = {}
         self._stages: dict[str, np.ndarray] = {}
 
-    @cached_property
-    def _runs(self) -> list[tuple[int, int]]:
-        """The first number and the length of each run of consecutive rows."""
-        numbers = self.numbers[:, 0]
-        starts = np.flatnonzero(np.diff(numbers, prepend=numbers[0] - 2) != 1)
-        lengths = np.diff(starts, append=len(numbers))
-        return [(int(numbers[start]), int(length)) for start, length in zip(starts, lengths, strict=True)]
-
     def draws(self, draw: Callable[..., np.ndarray], draws: Draws) -> np.ndarray:
         """(rows, per_row) of a stream."""
         if (draw, draws) not in self._draws:
             k = draws.per_row
-            parts = [draw(self._seed, draws.purpose, first * k, n * k) for first, n in self._runs]
+            numbers = self.numbers[:, 0]
+            parts = [
+                draw(self._seed, draws.purpose, int(numbers[start]) * k, (end - start) * k)
+                for start, end in runs(numbers, len(numbers))
+            ]
             drawn = parts[0] if len(parts) == 1 else np.concatenate(parts)
             self._draws[draw, draws] = drawn.reshape(len(self.numbers), k)
         return self._draws[draw, draws]

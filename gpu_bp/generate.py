@@ -57,7 +57,7 @@ def generate(
                 shard_rows=shard_rows,
                 progress=progress,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         console.print("interrupted; finished shards are safe, run the same command again to go on", markup=False)
         raise
     shards = Manifest.read(folder).shards

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gpu_bp.backends import Backend, select
 from gpu_bp.config import Config
 from gpu_bp.config_file import load_config, parse_config
@@ -74,12 +76,13 @@ def train(
         for line in watch(trainer, steps) if watch else steps:
             if line is not None:
                 folder.add_metrics(line)
+        _save(trainer, folder)  # before the evaluation, which may meet a broken row
         evaluated = trainer.evaluate()
     except UserError as error:
-        raise UserError(f"{error} (its metrics are in {folder.metrics_file})") from None
+        kept = f", its network after {trainer.steps} steps in {folder.model_file}" if _save(trainer, folder) else ""
+        raise UserError(f"{error} (its metrics are in {folder.metrics_file}{kept})") from None
     finally:
         steps.close()  # nothing is read ahead any more
-    trainer.model.save(folder.model_file)
     summary = {
         "name": config.name,
         "seed": config.seed,
@@ -101,6 +104,15 @@ def train(
 
         drawn = draw(folder, trainer.model, trainer.dataset)
     return Result(summary, trainer.model, folder.path, drawn)
+
+
+def _save(trainer: Trainer, folder: RunFolder) -> bool:
+    """Saves the network, unless there is none worth it: no step was taken, or the training diverged."""
+    network = trainer.model.network
+    worth = trainer.steps > 0 and bool(np.isfinite(network.backend.to_host(network.parameters)).all())
+    if worth:
+        trainer.model.save(folder.model_file)
+    return worth
 
 
 def evaluate(

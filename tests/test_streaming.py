@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 
-from gpu_bp import NumpyBackend, Trainer, UserError, load_data, parse_config
+from gpu_bp import Model, NumpyBackend, Trainer, UserError, load_data, parse_config
 from gpu_bp.backends import Backend
 from gpu_bp.cli import main
 from gpu_bp.data.arrays import ArrayReader
@@ -261,7 +261,8 @@ def test_what_breaks_while_it_is_read(
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         assert message in err
-        assert f"(its metrics are in {run}/metrics.jsonl)" in err
+        assert f"(its metrics are in {run}/metrics.jsonl, its network after " in err
+        assert Model.load(Path(run, "model.safetensors"), NumpyBackend()).network.widths
         metrics = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in metrics] == list(range(2, 2 * lines + 1, 2))
         assert not Path(run, "summary.json").exists()

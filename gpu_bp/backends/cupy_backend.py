@@ -110,6 +110,9 @@ class Scalars:
         return self.device
 
 
+GENERATED = 2**24  # numbers of a stage that are generated at once: 128 MiB
+
+
 class Generator:
     """A program on the device: its kernels, its tables, and arrays for its stages."""
 
@@ -257,7 +260,10 @@ class CupyBackend:
     def generate(self, program: Program, seed: int, first: int, rows: Array, outputs: Sequence[Array]) -> None:
         if program not in self._generators:
             self._generators[program] = Generator(program)
-        self._generators[program](seed, first, rows, outputs)
+        step = max(1, GENERATED // program.width)
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            self._generators[program](seed, first, rows[part], [output[part] for output in outputs])
 
     def count(self, first: int, out: Array) -> None:
         compiled(kernels.count())(first, out)

@@ -14,7 +14,7 @@ from gpu_bp.config import Config
 from gpu_bp.config_data import ArrayData, DataSection, OwnData, ShardData, Synthetic, TableData
 from gpu_bp.data.arrays import ArrayReader, NpyFile
 from gpu_bp.data.columns import Columns
-from gpu_bp.data.preparation import Preparation, code_labels, code_targets, fit_scaling
+from gpu_bp.data.preparation import Preparation, check_targets, code_labels, code_targets, fit_scaling
 from gpu_bp.data.shards import ShardReader
 from gpu_bp.data.source import Reader, Source
 from gpu_bp.data.sources import FileSource, GeneratedSource, SetReader, empty
@@ -136,8 +136,10 @@ def _of(source: Source) -> str:
 def _generated(data: Any, seed: int, loss: Loss, preparation: Preparation | None, backend: Backend) -> Dataset:
     made = make_set(data, seed)
     coding = code_labels(made.classes, loss) if made.classes else code_targets(made.target.width, made.binary, loss)
+    reader = SetReader(NumpyBackend(), made, seed, data.kind, made.n_rows)
+    if not made.classes:  # targets of one set are all alike, so a few rows tell
+        check_targets(reader.read(0, min(100, made.n_rows)).wanted, loss, data.kind, 0)
     if preparation is None:
-        reader = SetReader(NumpyBackend(), made, seed, data.kind, made.n_rows)
         scaling = fit_scaling(reader, made.n_rows, getattr(data, "scaling", "none"))
         preparation = Preparation(coding.task, None, *scaling)
     _check_width(preparation, made.inputs.width, data.kind)

@@ -136,18 +136,21 @@ def fit_scaling(reader: Reader, n_train: int, scaling: str) -> tuple[tuple[float
         return (reader.read(start, min(step, n - start)).inputs.astype(np.float64) for start in range(0, n, step))
 
     total, low, high = np.zeros(n_inputs), np.full(n_inputs, np.inf), np.full(n_inputs, -np.inf)
-    for x in blocks():
-        total += x.sum(axis=0)
-        np.minimum(low, x.min(axis=0), out=low)
-        np.maximum(high, x.max(axis=0), out=high)
-    constant = low == high  # its computed deviation may be a rounding error, not 0
-    shift = np.where(constant, low, total / n)
-    if scaling == "standardise":
-        square = sum(((x - shift) ** 2).sum(axis=0) for x in blocks())
-        scale = np.sqrt(square / n)
-    else:
-        scale = np.maximum(high - shift, shift - low)
-    return tuple(shift.tolist()), tuple(np.where(constant, 1.0, scale).tolist())
+    with np.errstate(over="ignore", invalid="ignore"):
+        for x in blocks():
+            total += x.sum(axis=0)
+            np.minimum(low, x.min(axis=0), out=low)
+            np.maximum(high, x.max(axis=0), out=high)
+        constant = low == high  # its computed deviation may be a rounding error, not 0
+        shift = np.where(constant, low, total / n)
+        scale = np.where(constant, 1.0, np.maximum(high - shift, shift - low))
+        if scaling == "standardise":  # as parts of the largest, whose squares neither overflow nor vanish
+            square = sum((((x - shift) / scale) ** 2).sum(axis=0) for x in blocks())
+            scale = np.where(constant, 1.0, scale * np.sqrt(square / n))
+    if not np.isfinite(scale).all():
+        column = int(np.argmin(np.isfinite(scale)))
+        raise UserError(f"{reader.where}: the inputs of column {column} (counting from 0) are too large to be scaled")
+    return tuple(shift.tolist()), tuple(scale.tolist())
 
 
 @dataclass(frozen=True)

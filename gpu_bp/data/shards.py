@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from gpu_bp.errors import UserError, unknown
 FILE_FORMATS = ("npy", "parquet")
 DTYPES = ("float64", "float32")
 SHARD_BYTES = 64 * 2**20
+MOST_SHARDS = 100_000  # the manifest, which names each, is written anew after each
 
 
 class ShardReader:
@@ -146,10 +148,9 @@ def write_shards(
             listed.write(folder)
             manifest, done = listed, listed.finished_rows
     except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: {(error.strerror or str(error)).lower()}; {done} of {rows} rows are safe, "
-            "run the same command again to go on"
-        ) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        safe = f"; {done} of {rows} rows are safe, run the same command again to go on" if done or full else ""
+        raise UserError(f"{error.filename or folder}: {(error.strerror or str(error)).lower()}{safe}") from None
     return rows - before
 
 
@@ -168,6 +169,11 @@ def _planned(
     block_rows = block_rows_for(reader.n_inputs + reader.n_targets)
     if shard_rows is None:  # whole blocks
         shard_rows = max(1, SHARD_BYTES // row_bytes // block_rows) * block_rows
+    if rows > MOST_SHARDS * shard_rows:
+        raise UserError(
+            f"{rows} rows in shards of {shard_rows} are more than {MOST_SHARDS} shards; use --shard-rows of at least "
+            f"{-(-rows // MOST_SHARDS)}"
+        )
     return Manifest.model_validate(
         {
             "config": config,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from gpu_bp.data.preparation import Coding, Preparation, check_targets
 from gpu_bp.data.source import Batch, Reader, Rows, Source, block_rows_for
 from gpu_bp.data.synthetic import Set
 from gpu_bp.errors import UserError
-from gpu_bp.formula import Columns, Place, Program
+from gpu_bp.formula import Columns, Place, Program, runs
 from gpu_bp.spec import Array, Loss
 
 # Inputs that are read at once: few calls for long ranges, and what is made on the way stays small.
@@ -66,19 +66,18 @@ class FileSource(Source):
             self._put(self._reader.read(first, end - start, out), first, part)
 
     def _put(self, read: Rows, first: int, batch: Batch) -> None:
-        put(self._preparation.inputs(read.inputs), batch.inputs, "inputs", first)
+        where = self._reader.where
+        put(self._preparation.inputs(read.inputs), batch.inputs, f"{where}, inputs", first)
         if read.labels is None:
-            check_targets(read.wanted, self._loss, self._reader.where, first)
+            check_targets(read.wanted, self._loss, where, first)
         width = self._coding.width
         wanted = read.wanted.reshape(len(batch.rows), -1)
-        put(self._coding.code(wanted, np.arange(width)[None]), batch.targets.reshape(-1, width), "targets", first)
-
-
-def runs(rows: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
-    """Start and end of each run of consecutive row numbers, of `most` rows at most."""
-    starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1).tolist()
-    for begin, end in zip(starts, [*starts[1:], len(rows)], strict=True):
-        yield from ((start, min(start + most, end)) for start in range(begin, end, most))
+        put(
+            self._coding.code(wanted, np.arange(width)[None]),
+            batch.targets.reshape(-1, width),
+            f"{where}, targets",
+            first,
+        )
 
 
 class GeneratedSource(Source):
@@ -149,14 +148,15 @@ class ResidentSource(Source):
             source.n_rows, source.n_inputs, source.n_targets, source.task, indexed=source.indexed, block_rows=1
         )
         self.backend = backend
-        whole = empty(backend, source, source.n_rows, dtype)
-        self.inputs, self.targets = whole.inputs, whole.targets
-        backend.count(0, whole.rows)
+        self.inputs, self.targets = arrays(backend, source, source.n_rows, dtype)
         step = source.block_rows * max(1, 2**20 // (source.block_rows * (source.n_inputs + 1)))
         loader = on_device(backend, source)
+        numbers = backend.zeros((min(step, self.n_rows),), np.int64)
         for start in range(0, self.n_rows, step):
-            part = whole.part(start, min(start + step, self.n_rows))
-            loader.fill(part.rows, part)
+            end = min(start + step, self.n_rows)
+            rows = numbers[: end - start]
+            backend.count(start, rows)
+            loader.fill(rows, Batch(self.inputs[start:end], self.targets[start:end], rows))
 
     def fill(self, rows: Array, batch: Batch) -> None:
         self.backend.gather(self.inputs, rows, batch.inputs)
@@ -195,10 +195,15 @@ def on_device(backend: Backend, source: Source) -> Source:
     return source if here else UploadedSource(backend, source)
 
 
-def empty(backend: Backend, source: Source, n: int, dtype: Any) -> Batch:
-    """A batch of n rows for a source, not yet filled, its numbers of that dtype."""
+def arrays(backend: Backend, source: Source, n: int, dtype: Any) -> tuple[Array, Array]:
+    """Inputs and targets for n rows of a source, not yet filled, their numbers of that dtype."""
     targets = backend.zeros((n,), np.int64) if source.indexed else backend.zeros((n, source.n_targets), dtype)
-    return Batch(backend.zeros((n, source.n_inputs), dtype), targets, backend.zeros((n,), np.int64))
+    return backend.zeros((n, source.n_inputs), dtype), targets
+
+
+def empty(backend: Backend, source: Source, n: int, dtype: Any) -> Batch:
+    """A batch of n rows for a source, not yet filled."""
+    return Batch(*arrays(backend, source, n, dtype), backend.zeros((n,), np.int64))
 
 
 def settle(
@@ -220,5 +225,7 @@ def settle(
     try:
         kept: dict[str, Source] = {name: ResidentSource(backend, s, dtype) for name, s in sources.items()}
     except MemoryError:  # CuPy's error is one too
+        if residency == "auto":
+            return settle(backend, sources, "host", dtype)
         raise UserError(f"data.residency: {size} do not fit on the device; use residency = 'host'") from None
     return kept, f"data: {size}, on the device ({'as asked' if residency == 'device' else 'they fit'})"

@@ -220,6 +220,8 @@ def _of_variance_1(n_inputs: int, distribution: str) -> Columns:
 
 def _weights(seed: int, start: int, n_out: int, n_in: int) -> np.ndarray:
     """Normal weights of standard deviation 1 / sqrt(n_in)."""
+    if n_out * n_in > 2**40:  # NumPy's own error for these is no MemoryError
+        raise MemoryError(f"{n_out} x {n_in} weights")
     return np.asarray(normals(seed, Purpose.TEACHER, start, n_out * n_in).reshape(n_out, n_in) / np.sqrt(n_in))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gpu_bp
 from cuda_on_cpu.backend import cupy_backend_module
 from cuda_on_cpu.device import PinnedMemoryError
 from cuda_on_cpu.fake_cupy import FakeCupy
@@ -130,3 +131,21 @@ def test_a_wait_is_for_what_the_event_was() -> None:
     assert ran == ["first", "copied"]
     event.synchronize()
     assert ran == ["first", "copied", "second"]
+
+
+def test_long_ranges_are_generated_in_parts() -> None:
+    """The same rows, and stages on the device that have room for a part alone."""
+    config = gpu_bp.parse_config(
+        {
+            "data": {"kind": "teacher", "rows": 50},
+            "optimizer": {"kind": "sgd", "learning_rate": 1},
+            "train": {"steps": 1},
+        }
+    )
+    rows = []
+    for numbers in (2**24, 32 * 7):  # the widest stage has 32 columns
+        module = cupy_backend_module(FakeCupy())
+        module.GENERATED = numbers
+        rows.append(gpu_bp.load_data(config, backend=module.CupyBackend()).rows("train"))
+    np.testing.assert_array_equal(rows[0].inputs, rows[1].inputs)
+    np.testing.assert_array_equal(rows[0].targets, rows[1].targets)
