@@ -94,7 +94,7 @@ def test_every_place_is_found(sampling: Any, n_rows: int, rows: int, window: int
         assert [blocks.find(epoch, place) for place in range(n_rows)] == places
 
 
-@pytest.mark.parametrize(("sampling", "limit"), [("ordered", 2**23), ("shuffled", 2**26)])
+@pytest.mark.parametrize(("sampling", "limit"), [("ordered", 2**24), ("shuffled", 2**26)])
 @pytest.mark.parametrize("width", [1, 20, 784, 10**5])
 def test_windows_are_small_by_default(sampling: Any, limit: int, width: int) -> None:
     """Where blocks are large, such as the row groups of a Parquet file, they are taken in parts, but for shuffling."""

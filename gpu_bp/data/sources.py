@@ -16,7 +16,7 @@ from gpu_bp.formula import Columns, Place, Program, runs
 from gpu_bp.spec import Array, Loss
 
 # Inputs that are read at once: few calls for long ranges, and what is made on the way stays small.
-READ_NUMBERS = 2**19
+READ_NUMBERS = 2**20
 
 
 def put(values: np.ndarray, out: np.ndarray, what: str, first: int = 0) -> None:

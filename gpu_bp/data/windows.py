@@ -28,7 +28,7 @@ from gpu_bp.spec import Array
 
 WINDOW_BLOCKS = 64
 WINDOW_BYTES = 2**26  # of numbers of 8 bytes, so that the order does not depend on the precision
-ORDERED_BYTES = 2**23  # where nothing is shuffled: enough to be ahead
+ORDERED_BYTES = 2**24  # where nothing is shuffled: enough to be ahead
 
 
 @dataclass(frozen=True)
