@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-kernels test-all gpu-check lint wheel-check clean
+.PHONY: help install demo test test-kernels test-reference test-all gpu-check lint wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -23,6 +23,10 @@ help:  ## list the targets
 	$(BIN)/pip install --quiet --editable '.[dev,test-kernels]'
 	@touch $@
 
+.venv/reference.stamp: .venv/dev.stamp
+	$(BIN)/pip install --quiet --editable '.[dev,reference]'
+	@touch $@
+
 install: .venv/dev.stamp  ## a virtual environment with all that development needs
 
 demo: .venv/demo.stamp  ## train the double moon, and say where the pictures are
@@ -34,7 +38,10 @@ test: .venv/dev.stamp  ## the unit tests, about two minutes
 test-kernels: .venv/kernels.stamp  ## the CUDA kernels and the CuPy backend, without a GPU; needs g++
 	$(BIN)/pytest -n 2 -m kernels
 
-test-all: .venv/kernels.stamp  ## all tests: the kernels, the published experiments and the packaging too
+test-reference: .venv/reference.stamp  ## the same results as PyTorch and scikit-learn, step by step
+	$(BIN)/pytest -n 2 -m reference
+
+test-all: .venv/kernels.stamp .venv/reference.stamp  ## all tests: kernels, references, experiments and packaging too
 	$(BIN)/pytest -n 2
 
 gpu-check: ## on a machine with a GPU: everything it can tell, in one report; no network

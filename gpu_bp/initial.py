@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from gpu_bp.config import FileWeights, NormalWeights, ScaledWeights, UniformWeights
+from gpu_bp.config_network import FileWeights, NormalWeights, ScaledWeights, UniformWeights
 from gpu_bp.errors import UserError
 from gpu_bp.network import Network
 from gpu_bp.registry import Purpose, normals, uniforms

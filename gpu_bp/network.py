@@ -32,18 +32,18 @@ IDENTITY = registry.activation("identity")
 class Layout:
     """Where each named array stands in one flat buffer: weights first, then biases; the padding is zero.
 
-    So one kernel updates all parameters, and what is exempt from weight decay is the range from `n_decayed`.
+    So one kernel updates all parameters, and what is exempt from weight decay is the range from `n_weights`.
     """
 
     def __init__(self, weights: Mapping[str, tuple[int, ...]], exempt: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = {**weights, **exempt}
         self.offsets: dict[str, int] = {}
-        self.size = self.n_decayed = 0
+        self.size = self.n_weights = 0
         for name, shape in self.shapes.items():
             self.offsets[name] = self.size
             self.size += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
             if name in weights:
-                self.n_decayed = self.size
+                self.n_weights = self.size
 
     def views(self, buffer: Array) -> dict[str, Array]:
         """Named views of a flat buffer of this layout's size."""

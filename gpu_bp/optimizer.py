@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from gpu_bp import registry
+from gpu_bp.errors import UserError
 from gpu_bp.network import Network
 from gpu_bp.schedule import Schedule
 from gpu_bp.spec import Array, Update
@@ -10,15 +14,38 @@ from gpu_bp.spec import Array, Update
 class Optimizer:
     """Changes a network's parameters, one step at a time.
 
+    Args:
+        record: the update rule. schedule: the learning rate of each step.
+        penalties: numbers by the names of `registry.PENALTIES`, such as {"l2": 1e-4}; a zero is as good as none.
+        biases: whether penalties of the weights act on biases and gains too.
+
     Attributes:
         steps: how many were taken. state: the record's state arrays, each as long as the parameters.
     """
 
-    def __init__(self, record: Update, network: Network, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        record: Update,
+        network: Network,
+        schedule: Schedule,
+        *,
+        penalties: Mapping[str, float] | None = None,
+        biases: bool = False,
+    ) -> None:
+        numbers = {name: number for name, number in (penalties or {}).items() if number}
+        parameters = dict(record.values)
+        if own := parameters.pop("weight_decay", 0.0):
+            if "weight_decay" in numbers:
+                raise UserError(f"{record.name} has a weight_decay of its own; leave one of the two out")
+            numbers["weight_decay"] = own
         self.record = record
         self.schedule = schedule
         self.steps = 0
         self._network = network
+        self._parameters = parameters
+        self._numbers = numbers
+        self._penalties = [penalty for name, penalty in registry.PENALTIES.items() if name in numbers]
+        self._n_weights = network.layout.size if biases else network.layout.n_weights
         zeros = network.backend.zeros
         self.state: tuple[Array, ...] = tuple(zeros((network.layout.size,), network.dtype) for _ in record.state)
 
@@ -27,12 +54,22 @@ class Optimizer:
         """The rate of the next step."""
         return self.schedule(self.steps)
 
-    def step(self, gradients: Array, scale: float) -> None:
-        """Updates the parameters with the mean gradient, scale * gradients (flat buffers)."""
+    def step(self, gradients: Array, scale: float, factor: Array | None = None) -> None:
+        """Updates the parameters with the mean gradient, scale * factor * gradients (flat buffers)."""
         rate = self.learning_rate
         self.steps += 1
-        scalars = self.record.scalars(self.steps, rate, **self.record.values)
+        scalars = self.record.scalars(self.steps, rate, **self._parameters) | self._numbers
+        if "weight_decay" in scalars:
+            scalars["weight_decay"] *= rate
         network = self._network
         network.backend.update(
-            self.record, network.parameters, gradients, self.state, scale, scalars, network.layout.n_decayed
+            self.record,
+            self._penalties,
+            network.parameters,
+            gradients,
+            self.state,
+            scale,
+            scalars,
+            self._n_weights,
+            factor,
         )

@@ -11,7 +11,7 @@ from gpu_bp.errors import UserError, unknown
 from gpu_bp.spec import Activation, Loss, Record, RowActivation, Update
 
 try:
-    from gpu_bp.kernels import activations, losses, updates
+    from gpu_bp.kernels import activations, losses, penalties, updates
     from gpu_bp.kernels.functions import CUDA_FUNCTIONS, sincospi
     from gpu_bp.kernels.random import CUDA_FILL_NORMALS, CUDA_FILL_UNIFORMS, CUDA_RANDOM, Purpose, normals, uniforms
     from gpu_bp.kernels.shuffle import CUDA_SHUFFLE, Permutations
@@ -30,6 +30,7 @@ __all__ = [
     "CUDA_RANDOM",
     "CUDA_SHUFFLE",
     "LOSSES",
+    "PENALTIES",
     "UPDATES",
     "Permutations",
     "Purpose",
@@ -54,10 +55,11 @@ ACTIVATIONS: dict[str, Activation | RowActivation] = _table(
     activations.ACTIVATIONS + activations.ROW_ACTIVATIONS, activations.ALIASES
 )
 LOSSES: dict[str, Loss] = _table(losses.LOSSES, losses.ALIASES)
+PENALTIES = {penalty.name: penalty for penalty in penalties.PENALTIES}  # in the order in which they act
 UPDATES: dict[str, Update] = _table(updates.UPDATES, updates.ALIASES)
 
 
-def _find(what: str, table: dict[str, R], name: str, parameters: dict[str, float]) -> R:
+def _find(what: str, table: dict[str, R], name: str, parameters: dict[str, Any]) -> R:
     if name not in table:
         raise unknown(what, name, table)
     try:
@@ -66,7 +68,7 @@ def _find(what: str, table: dict[str, R], name: str, parameters: dict[str, float
         raise UserError(str(error)) from None
 
 
-def activation(name: str, /, **parameters: float) -> Activation | RowActivation:
+def activation(name: str, /, **parameters: Any) -> Activation | RowActivation:
     """The activation of that name, or alias, with parameters such as `slope` chosen.
 
     Raises:
@@ -75,11 +77,11 @@ def activation(name: str, /, **parameters: float) -> Activation | RowActivation:
     return _find("activation", ACTIVATIONS, name, parameters)
 
 
-def loss(name: str, /, **parameters: float) -> Loss:
+def loss(name: str, /, **parameters: Any) -> Loss:
     """The loss of that name, with parameters such as `threshold` chosen. Raises UserError as `activation`."""
     return _find("loss", LOSSES, name, parameters)
 
 
-def update(name: str, /, **parameters: float) -> Update:
+def update(name: str, /, **parameters: Any) -> Update:
     """The update rule of that name, with parameters such as `momentum` chosen. Raises UserError likewise."""
     return _find("optimizer", UPDATES, name, parameters)

@@ -18,6 +18,7 @@ A twin writes into the arrays it is given and makes none. Its output may be the 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,9 @@ class Twin:
     numpy: Callable[..., None]
 
 
+Value = float | bool | tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A number that a record takes: its default, and the interval that it must lie in, such as `[0, 1)`."""
@@ -58,11 +62,72 @@ class Parameter:
     default: float
     interval: str = "(-inf, inf)"
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+            return False
         low, high = (float(bound) for bound in self.interval[1:-1].split(","))
         above = value >= low if self.interval[0] == "[" else value > low
         below = value <= high if self.interval[-1] == "]" else value < high
         return above and below
+
+    @property
+    def wanted(self) -> str:
+        """What a value must be, in words."""
+        return f"a number in {self.interval}"
+
+    def schema(self) -> dict[str, Any]:
+        """As JSON Schema."""
+        return {"type": "number", "description": f"in {self.interval}", "default": self.default}
+
+    def read(self, value: object) -> Value | None:
+        """A value as the record keeps it; None where it is not one that is wanted."""
+        return float(value) if value in self else None  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An option of a record, on or off."""
+
+    default: bool = False
+    wanted: ClassVar[str] = "true or false"
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "boolean", "default": self.default}
+
+    def read(self, value: object) -> Value | None:
+        return value if isinstance(value, bool) else None
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Several numbers that a record takes, each in an interval: `count` of them, or as many as one likes.
+
+    `rising`: each must be larger than the one before.
+    """
+
+    default: tuple[float, ...]
+    interval: str = "(-inf, inf)"
+    count: int | None = None
+    rising: bool = False
+
+    @property
+    def wanted(self) -> str:
+        count = f"{self.count} numbers" if self.count else "a number, or a list of numbers,"
+        return f"{count} in {self.interval}{', each larger than the one before' if self.rising else ''}"
+
+    def schema(self) -> dict[str, Any]:
+        items = {"type": "array", "items": {"type": "number"}, "minItems": self.count or 1}
+        both = items | {"maxItems": self.count} if self.count else {"anyOf": [{"type": "number"}, items]}
+        return both | {"description": self.wanted, "default": list(self.default)}
+
+    def read(self, value: object) -> Value | None:
+        numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
+        each = Parameter(0.0, self.interval)
+        if not numbers or len(numbers) != (self.count or len(numbers)) or not all(number in each for number in numbers):
+            return None
+        if self.rising and any(after <= before for before, after in itertools.pairwise(numbers)):
+            return None
+        return tuple(map(float, numbers))
 
 
 def _no_kinks(**_: float) -> tuple[float, ...]:
@@ -75,28 +140,28 @@ class Record:
 
     name: str
     source: str  # where the formula comes from
-    parameters: Mapping[str, Parameter] = field(default_factory=dict)
-    values: Mapping[str, float] = field(default_factory=dict)
+    parameters: Mapping[str, Parameter | Flag | Numbers] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)  # numbers, flags and tuples of numbers
 
     def __post_init__(self) -> None:
         chosen = {name: parameter.default for name, parameter in self.parameters.items()} | dict(self.values)
         object.__setattr__(self, "values", MappingProxyType(chosen))
 
-    def with_parameters(self, **values: float) -> Self:
+    def with_parameters(self, **values: object) -> Self:
         """This record with other parameter values.
 
         Raises:
-            ValueError: a parameter that the record does not take, or a value outside its interval.
+            ValueError: a parameter that the record does not take, or a value that it cannot have.
         """
+        chosen = {}
         for name, value in values.items():
             if name not in self.parameters:
                 known = ", ".join(self.parameters) or "none"
                 raise ValueError(f"{self.name} has no parameter {name!r}; known: {known}")
-            number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-            if not number or value not in self.parameters[name]:
-                interval = self.parameters[name].interval
-                raise ValueError(f"{name} of {self.name} must be a number in {interval}, not {value!r}")
-        return replace(self, values={**self.values, **{k: float(v) for k, v in values.items()}})
+            chosen[name] = self.parameters[name].read(value)
+            if chosen[name] is None:
+                raise ValueError(f"{name} of {self.name} must be {self.parameters[name].wanted}, not {value!r}")
+        return replace(self, values={**self.values, **chosen})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -191,14 +256,39 @@ class FusedLoss(Loss):
 class Update(Record):
     """How a parameter w changes, given its mean gradient g.
 
-    `state` names the arrays kept beside the parameters. `scalars` computes, in float64 on the host, the
-    numbers that one step needs: `(step, learning_rate, **parameters) -> {name: number}`, step counting from 1;
-    its keys are `scalar_names`. `update`: CUDA text that changes `w` and the state, reading `g` and the
-    scalars by name; twin `(w, g, *state, s, **scalars)`, which may overwrite g but not s.a (g lives there).
-    A scalar called `weight_decay` is zero for what is exempt from decay.
+    `state` names the arrays kept beside the parameters, which start at zero. `scalars` computes, in float64 on the
+    host, the numbers that one step needs: `(step, learning_rate, **parameters) -> {name: number}`, step counting from
+    1; its keys are `scalar_names`. `update`: CUDA text that changes `w` and the state, reading `g` and the scalars by
+    name; twin `(w, g, *state, s, **scalars)`, which may overwrite g but not s.a (g lives there).
+    `variant`: where parameters change what is kept and computed, the state and the formula for their values.
+    `full_batch`: it is meant for gradients of all rows alone.
+
+    A parameter called `weight_decay` is no affair of the record: the weights are shrunk by learning_rate *
+    weight_decay before its formula (see `kernels/penalties.py`).
     """
 
     state: tuple[str, ...] = ()
     scalar_names: tuple[str, ...]
     scalars: Callable[..., dict[str, float]]
     update: Twin
+    variant: Callable[..., tuple[tuple[str, ...], Twin]] | None = None
+    full_batch: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant is not None:
+            state, update = self.variant(**self.values)
+            object.__setattr__(self, "state", state)
+            object.__setattr__(self, "update", update)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Penalty(Record):
+    """What is done to the mean gradient g, or to w itself, before an update rule sees them.
+
+    `apply`: CUDA text that changes `g` or `w`, reading the number called as the record; twin `(w, g, s, number)`,
+    which may use s.b and s.mask. With `weights_only` it does not act on biases and gains.
+    """
+
+    apply: Twin
+    weights_only: bool

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from gpu_bp.backends import Backend
-from gpu_bp.config import Config, FactorSchedule, LinearSchedule
+from gpu_bp.config import Config
+from gpu_bp.config_schedule import FactorSchedule, LinearSchedule
 from gpu_bp.data import Dataset, load_data
 from gpu_bp.data.batches import Batches
 from gpu_bp.data.source import Source

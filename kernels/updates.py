@@ -108,13 +108,6 @@ def _adam(
     w -= g
 
 
-def _adamw(w: Array, g: Array, mean: Array, square: Array, s: Scratch, weight_decay: float, **adam: float) -> None:
-    if weight_decay:
-        np.multiply(w, weight_decay, out=s.b)
-        w -= s.b
-    _adam(w, g, mean, square, s, **adam)
-
-
 def _adam_scalars(step: int, learning_rate: float, beta1: float, beta2: float, epsilon: float) -> dict[str, float]:
     return {
         "step_size": learning_rate / (1 - beta1**step),
@@ -124,10 +117,6 @@ def _adam_scalars(step: int, learning_rate: float, beta1: float, beta2: float, e
         "root": 1 / math.sqrt(1 - beta2**step),
         "epsilon": epsilon,
     }
-
-
-def _adamw_scalars(step: int, learning_rate: float, weight_decay: float, **adam: float) -> dict[str, float]:
-    return {"weight_decay": learning_rate * weight_decay, **_adam_scalars(step, learning_rate, **adam)}
 
 
 _ADAM_CUDA = """
@@ -157,9 +146,9 @@ adamw = Update(
     source="Loshchilov and Hutter (2019), algorithm 2",
     parameters={**_ADAM_PARAMETERS, "weight_decay": Parameter(0.01, "[0, inf)")},
     state=("mean", "square"),
-    scalar_names=("weight_decay", *_ADAM_SCALARS),
-    scalars=_adamw_scalars,
-    update=Twin("w -= weight_decay * w;" + _ADAM_CUDA, _adamw),
+    scalar_names=_ADAM_SCALARS,
+    scalars=_adam_scalars,
+    update=adam.update,
 )
 
 

@@ -46,7 +46,7 @@ def test_layout(shapes: list[tuple[int, int]], biases: bool) -> None:
     flat = np.zeros(layout.size)
     for k, (name, view) in enumerate(layout.views(flat).items()):
         assert layout.offsets[name] % ALIGNMENT == 0
-        assert (layout.offsets[name] < layout.n_decayed) == (name in weights)
+        assert (layout.offsets[name] < layout.n_weights) == (name in weights)
         assert not view.any(), "arrays overlap"
         view[...] = k + 1
         assert view.base is flat or view.base.base is flat

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpu_bp.formula import Program
 from gpu_bp.registry import Permutations, Purpose
-from gpu_bp.spec import Activation, Array, Loss, RowActivation, Update
+from gpu_bp.spec import Activation, Array, Loss, Penalty, RowActivation, Update
 
 
 class Backend(Protocol):
@@ -80,16 +80,19 @@ class Backend(Protocol):
     def update(
         self,
         record: Update,
+        penalties: Sequence[Penalty],
         parameters: Array,
         gradients: Array,
         state: Sequence[Array],
         scale: float,
         scalars: Mapping[str, float],
-        n_decayed: int,
+        n_weights: int,
+        factor: Array | None = None,
     ) -> None:
-        """One step of an update rule over the flat buffers, for the mean gradient scale * gradients.
+        """One step of an update rule over the flat buffers, for the mean gradient scale * factor * gradients.
 
-        A scalar called `weight_decay` acts on the first `n_decayed` parameters alone.
+        Penalties come before the rule, in their order; `scalars` has their numbers by their names beside the rule's.
+        Those of weights act on the first `n_weights` parameters alone. `factor` is (1,), on the device.
         """
 
     # random numbers and generated rows

@@ -171,16 +171,29 @@ def add_to_total() -> Kernel:
 
 
 @functools.cache
-def update(name: str, text: str, state: tuple[str, ...], scalars: tuple[str, ...]) -> Kernel:
-    """One step of an update rule; the scalars stand in an array, so that no kernel has one baked in."""
-    read = "".join(
-        f"const T {scalar} = {'i >= n_decayed ? T(0) : ' if scalar == 'weight_decay' else ''}scalars[{k}]; "
-        for k, scalar in enumerate(("scale", *scalars))
+def update(
+    name: str,
+    text: str,
+    state: tuple[str, ...],
+    scalars: tuple[str, ...],
+    penalties: tuple[tuple[str, str, bool], ...] = (),
+    with_factor: bool = False,
+) -> Kernel:
+    """One step of an update rule; the scalars stand in an array, so that no kernel has one baked in.
+
+    `penalties`: the name of each, its text, and whether it acts on weights alone.
+    """
+    names = ("scale", *(penalty for penalty, _, _ in penalties), *scalars)
+    read = "".join(f"const T {scalar} = scalars[{k}]; " for k, scalar in enumerate(names))
+    before = "".join(
+        f"if (i < n_weights) {{ {apply} }} " if weights_only else f"{{ {apply} }} "
+        for _, apply, weights_only in penalties
     )
+    mean = "scale * factor[0] * gradient" if with_factor else "scale * gradient"
     return Kernel(
-        "raw T scalars, T gradient, int64 n_decayed",
+        f"raw T scalars,{' raw T factor,' if with_factor else ''} T gradient, int64 n_weights",
         "T w" + "".join(f", T {array}" for array in state),
-        f"{read} const T g = scale * gradient; {text}",
+        f"{read} {'' if penalties else 'const '}T g = {mean}; {before}{text}",
         f"gpu_bp_{name}",
         CUDA_FUNCTIONS,
     )

@@ -19,7 +19,7 @@ import numpy as np
 from gpu_bp.backends import cuda_kernels as kernels
 from gpu_bp.formula import Program
 from gpu_bp.registry import Permutations, Purpose
-from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, Loss, RowActivation, Update
+from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, Loss, Penalty, RowActivation, Update
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # such as: several CuPy packages, or no CUDA toolkit path
@@ -229,20 +229,27 @@ class CupyBackend:
     def update(
         self,
         record: Update,
+        penalties: Sequence[Penalty],
         parameters: Array,
         gradients: Array,
         state: Sequence[Array],
         scale: float,
         scalars: Mapping[str, float],
-        n_decayed: int,
+        n_weights: int,
+        factor: Array | None = None,
     ) -> None:
-        values = (scale, *(scalars[name] for name in record.scalar_names))
+        names = (*(penalty.name for penalty in penalties), *record.scalar_names)
+        values = (scale, *(scalars[name] for name in names))
         key = (len(values), parameters.dtype)
         if key not in self._scalars:
             self._scalars[key] = Scalars(*key)
         device_scalars = self._scalars[key].set(values)
-        kernel = compiled(kernels.update(record.name, record.update.cuda, record.state, record.scalar_names))
-        kernel(device_scalars, gradients, n_decayed, parameters, *state)
+        before = tuple((penalty.name, penalty.apply.cuda, penalty.weights_only) for penalty in penalties)
+        text = kernels.update(
+            record.name, record.update.cuda, record.state, record.scalar_names, before, factor is not None
+        )
+        factors = () if factor is None else (factor,)
+        compiled(text)(device_scalars, *factors, gradients, n_weights, parameters, *state)
 
     def uniforms(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
         self._fill(kernels.fill(normal=False), seed, purpose, start, out)

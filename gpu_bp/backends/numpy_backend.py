@@ -15,7 +15,7 @@ import numpy as np
 
 from gpu_bp.formula import Program, evaluate
 from gpu_bp.registry import Permutations, Purpose, normals, uniforms
-from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, Loss, RowActivation, Update
+from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, Loss, Penalty, RowActivation, Update
 
 # Elements that a formula works on at a time: its few arrays then stay in a core's second-level cache.
 BLOCK = 16384
@@ -113,19 +113,23 @@ class NumpyBackend:
     def update(
         self,
         record: Update,
+        penalties: Sequence[Penalty],
         parameters: Array,
         gradients: Array,
         state: Sequence[Array],
         scale: float,
         scalars: Mapping[str, float],
-        n_decayed: int,
+        n_weights: int,
+        factor: Array | None = None,
     ) -> None:
-        if "weight_decay" not in scalars:
-            self._update(record, (parameters, gradients, *state), scale, scalars)
+        arrays = (parameters, gradients, *state)
+        scale = scale if factor is None else scale * float(factor[0])
+        if not any(penalty.weights_only for penalty in penalties):
+            self._update(record, penalties, arrays, scale, scalars)
             return
-        decayed, exempt = slice(0, n_decayed), slice(n_decayed, None)
-        for part, values in ((decayed, scalars), (exempt, {**scalars, "weight_decay": 0.0})):
-            self._update(record, tuple(x[part] for x in (parameters, gradients, *state)), scale, values)
+        on_all = [penalty for penalty in penalties if not penalty.weights_only]
+        for part, acting in ((slice(0, n_weights), penalties), (slice(n_weights, None), on_all)):
+            self._update(record, acting, tuple(x[part] for x in arrays), scale, scalars)
 
     def uniforms(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
         for part in self._parts(len(out)):
@@ -165,10 +169,20 @@ class NumpyBackend:
         step = max(1, 4 * BLOCK // width)
         return (slice(start, min(n, start + step)) for start in range(0, n, step))
 
-    def _update(self, record: Update, arrays: tuple[Array, ...], scale: float, scalars: Mapping[str, float]) -> None:
+    def _update(
+        self,
+        record: Update,
+        penalties: Sequence[Penalty],
+        arrays: tuple[Array, ...],
+        scale: float,
+        scalars: Mapping[str, float],
+    ) -> None:
+        own = {name: scalars[name] for name in record.scalar_names}
         for (w, gradient, *state), scratch in self._slices(*arrays):
             np.multiply(gradient, scale, out=scratch.a)
-            record.update.numpy(w, scratch.a, *state, scratch, **scalars)
+            for penalty in penalties:
+                penalty.apply.numpy(w, scratch.a, scratch, scalars[penalty.name])
+            record.update.numpy(w, scratch.a, *state, scratch, **own)
 
     def _slices(self, *arrays: Array) -> Iterator[tuple[tuple[Array, ...], Scratch]]:
         """The arrays cut into blocks of rows, with scratch arrays of the first one's shape."""

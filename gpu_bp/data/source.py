@@ -33,12 +33,18 @@ class Batch:
     """Rows as a step sees them.
 
     inputs (n, n_inputs); targets (n, n_targets), or (n,) int64 for class indices; rows (n,) int64, the row
-    numbers in the source.
+    numbers in the source; weights (n,), or None where each row weighs 1.
+
+    A step may take its rows in several batches: `place` is the place of the first row among the step's rows, and the
+    batch is the `last` of its step or not.
     """
 
     inputs: Array
     targets: Array
     rows: Array
+    weights: Array | None = None
+    place: int = 0
+    last: bool = True
 
     @property
     def n(self) -> int:

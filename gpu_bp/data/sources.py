@@ -181,7 +181,8 @@ class UploadedSource(Source):
         self._source = source
 
     def fill(self, rows: Array, batch: Batch) -> None:
-        staging = Batch(*(self.backend.staging(array) for array in (batch.inputs, batch.targets, batch.rows)))
+        inputs, targets, numbers = (self.backend.staging(x) for x in (batch.inputs, batch.targets, batch.rows))
+        staging = Batch(inputs, targets, numbers)
         self._source.fill(self.backend.to_host(rows), staging)
         self.backend.upload(staging.inputs, batch.inputs)
         self.backend.upload(staging.targets, batch.targets)

@@ -106,8 +106,9 @@ class Slot:
     def __init__(self, backend: Backend, source: Source, n: int, dtype: Any) -> None:
         self.device = empty(backend, source, n, dtype)
         here = source.backend is backend
-        arrays = (self.device.inputs, self.device.targets, self.device.rows)
-        self.filled = self.device if here else Batch(*map(backend.staging, arrays))
+        device, staging = self.device, backend.staging
+        inputs, targets, rows = (staging(x) if not here else x for x in (device.inputs, device.targets, device.rows))
+        self.filled = device if here else Batch(inputs, targets, rows)
         self.blocks: list[tuple[int, int]] = []  # that it holds, or is about to
         self.reading: Future[None] | None = None
 

@@ -55,8 +55,12 @@ def every_kernel(kind: str, dtype: str) -> list[Kernel]:
         b.accumulate(losses, b.zeros((1,), np.float64))
         for record in registry.UPDATES.values():
             state = [b.zeros((6,), dtype) for _ in record.state]
-            scalars = record.scalars(1, 0.1, **record.values)
-            b.update(record, b.zeros((6,), dtype), b.zeros((6,), dtype), state, 1.0, scalars, 3)
+            parameters = {name: value for name, value in record.values.items() if name != "weight_decay"}
+            scalars = record.scalars(1, 0.1, **parameters) | dict.fromkeys(registry.PENALTIES, 0.1)
+            for penalties in ([], [*registry.PENALTIES.values()]):
+                for factor in (None, b.zeros((1,), dtype)):
+                    arrays = (b.zeros((6,), dtype), b.zeros((6,), dtype), state)
+                    b.update(record, penalties, *arrays, 1.0, scalars, 3, factor)
     elif kind == "random numbers":
         doubles, rows = b.zeros((5,), np.float64), b.zeros((2, 5), np.int64)
         b.uniforms(0, Purpose.NOISE, 0, doubles)

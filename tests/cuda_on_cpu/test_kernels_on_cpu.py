@@ -57,7 +57,12 @@ def lacking(record: Record) -> list[str]:
 
 def test_every_record_has_both_formulas_and_a_reference() -> None:
     """So that nothing new goes untested: the tests walk the tables, and these are what they compare with."""
-    for record in (*registry.ACTIVATIONS.values(), *registry.LOSSES.values(), *registry.UPDATES.values()):
+    for record in (
+        *registry.ACTIVATIONS.values(),
+        *registry.LOSSES.values(),
+        *registry.UPDATES.values(),
+        *registry.PENALTIES.values(),
+    ):
         assert lacking(record) == []
     for table in (references.VALUES, references.DERIVATIVES, references.VALUE_LIMITS):
         assert set(table) == set(ACTIVATIONS)

@@ -185,7 +185,11 @@ def update_arrays(name: str, dtype: str) -> list[np.ndarray]:
 
 def run_update(b: Any, record: Any, arrays: list[np.ndarray], step: int, scale: float, n: int) -> list[np.ndarray]:
     w, g, *state = (b.to_device(x) for x in arrays)
-    b.update(record, w, g, state, scale, record.scalars(step, 0.05, **record.values), n)
+    parameters = dict(record.values)
+    decay = parameters.pop("weight_decay", None)
+    scalars = record.scalars(step, 0.05, **parameters)
+    penalties = [] if decay is None else [registry.PENALTIES["weight_decay"]]
+    b.update(record, penalties, w, g, state, scale, scalars | {"weight_decay": 0.05 * (decay or 0.0)}, n)
     if b.name == "cupy":
         np.testing.assert_array_equal(b.to_host(g), arrays[1])
     return [b.to_host(x) for x in (w, *state)]

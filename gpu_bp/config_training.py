@@ -1,0 +1,53 @@
+"""The typed schema of the `[optimizer]` and `[train]` tables."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from gpu_bp import registry
+from gpu_bp.config_choice import Choice, with_parameters_of
+from gpu_bp.config_types import Count, Positive, Rows, Section
+from gpu_bp.spec import Update
+
+UpdateName = Annotated[str, Field(json_schema_extra={"enum": [*registry.UPDATES]})]
+
+
+class OptimizerSection(Choice):
+    """The update rule, and its parameters beside its name: {kind = "adam", learning_rate = 0.001, beta1 = 0.9}."""
+
+    model_config = ConfigDict(json_schema_extra=with_parameters_of(registry.UPDATES))
+    kind: UpdateName = "sgd"
+    learning_rate: Positive = Field(description="at the first step")
+
+    @model_validator(mode="after")
+    def _known(self) -> OptimizerSection:
+        self.record()
+        return self
+
+    def record(self) -> Update:
+        """The update rule with its parameters."""
+        return registry.update(self.kind, **self.parameters)
+
+
+class TrainSection(Section):
+    """How long, and in which batches."""
+
+    epochs: Count | None = Field(None, description="passes over the training rows; either this or steps")
+    steps: Count | None = Field(None, description="steps; either this or epochs")
+    batch_size: Count = Field(32, description="rows a step; more than there are means all")
+    sampling: Literal["shuffled", "ordered", "replacement"] = Field("shuffled", description="which rows a step sees")
+    precision: Literal["float32", "float64"] = Field("float32", description="of all arithmetic")
+    log_every: Count | None = Field(
+        None, description="steps a line of metrics; by default a line an epoch, or a hundred where rows are seen once"
+    )
+    stop_at_errors: Rows | None = Field(
+        None, description="stop once the training rows, the first 131,072 at most, have at most so many errors"
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        return self
