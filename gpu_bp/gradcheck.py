@@ -15,6 +15,7 @@ import numpy as np
 
 from gpu_bp.data.source import Batch
 from gpu_bp.network import Network
+from gpu_bp.noise import Noise
 from gpu_bp.registry import Permutations, Purpose
 from gpu_bp.spec import Activation, FreeLoss, Loss
 from gpu_bp.step import Objective
@@ -50,13 +51,22 @@ class Worst:
 
 
 def check_gradients(
-    network: Network, loss: Loss, inputs: np.ndarray, targets: np.ndarray, *, most: int = 500, seed: int = 0
+    network: Network,
+    loss: Loss,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    weights: np.ndarray | None = None,
+    *,
+    noise: Noise | None = None,
+    most: int = 500,
+    seed: int = 0,
 ) -> list[Worst]:
     """The worst entry of every parameter array, by layer.
 
     Args:
         network: in float64; its parameters are the point where the gradient is checked, and are left as they were.
-        inputs: (rows, n_inputs). targets: as the loss takes them.
+        inputs: (rows, n_inputs). targets: as the loss takes them. weights: (rows,), by default each row weighs 1.
+        noise: dropout and input noise, the same draw of them for all differences.
         most: entries compared in an array; of a larger one a random sample, drawn with `seed`.
     """
     if network.dtype != np.float64:
@@ -67,8 +77,9 @@ def check_gradients(
         backend.to_device(inputs.astype(np.float64)),
         backend.to_device(targets.astype(target_dtype)),
         backend.to_device(np.arange(len(inputs))),
+        None if weights is None else backend.to_device(weights.astype(np.float64)),
     )
-    point = _Point(network, loss, batch)
+    point = _Point(network, loss, batch, noise)
     gradient = network.layout.views(point.gradient())
     results = []
     for k, (name, offset) in enumerate(network.layout.offsets.items()):
@@ -82,11 +93,11 @@ def check_gradients(
 class _Point:
     """A network's parameters as the point at which its summed loss over a batch is differentiated."""
 
-    def __init__(self, network: Network, loss: Loss, batch: Batch) -> None:
+    def __init__(self, network: Network, loss: Loss, batch: Batch, noise: Noise | None) -> None:
         self._network = network
         self._loss = loss
         self._batch = batch
-        self._objective = Objective(network, loss, batch.n, keep_net_inputs=True)
+        self._objective = Objective(network, loss, batch.n, keep_net_inputs=True, noise=noise)
         self._phi_kinks = [
             phi.kinks(**phi.values) if isinstance(phi, Activation) else ()
             for phi in (layer.activation for layer in network.layers)
@@ -97,6 +108,7 @@ class _Point:
         """dE/dw by backpropagation: the flat buffer."""
         self._objective.forward(self._batch)
         self._objective.backward(self._batch)
+        self._objective.mean_loss()
         return self._network.backend.to_host(self._objective.gradients)
 
     def central_difference(self, position: int) -> tuple[float, float]:
@@ -122,7 +134,8 @@ class _Point:
         """The summed loss, and on which side of each kink every net input and error lies."""
         objective, to_host = self._objective, self._network.backend.to_host
         objective.forward(self._batch)
-        loss = objective.mean_loss() * self._batch.n
+        loss = float(to_host(objective.total)[0])
+        objective.mean_loss()  # begins anew
         sides = b""
         for signal, kinks in zip(objective.signals, self._phi_kinks, strict=True):
             if kinks:

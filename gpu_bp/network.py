@@ -11,6 +11,7 @@ For layer l, rows are samples (see docs/derivation.md):
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy as np
 from gpu_bp import registry
 from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.errors import UserError
+from gpu_bp.noise import Draw, Noise
 from gpu_bp.spec import Activation, Array, Loss, RowActivation
 
 # Every named array begins at a multiple of this many elements: of 128 bytes or more, one memory transaction.
@@ -55,30 +57,42 @@ class Layout:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: weights (n_out, n_in), biases (n_out,) or None, and its activation."""
+    """One layer: weights (n_out, n_in), biases (n_out,) or None, and its activation.
+
+    With `gains` (n_out,) its net inputs are normalised; with a `shortcut` its inputs are added to its outputs.
+    """
 
     weights: Array
     biases: Array | None
     activation: Activation | RowActivation
+    gains: Array | None = None
+    shortcut: bool = False
 
 
+@dataclass
 class Signals:
-    """The arrays of one layer for a batch: net input v, output y and local gradient delta, each (rows, n_out).
+    """The arrays of one layer for a batch, each (rows, n_out).
 
-    Where the derivative is taken from the output, v is not kept: v and y are one array. (The output layer of
-    a fused loss needs v.)
+    net_input v; value phi(v); output, what the next layer gets; delta, the local gradient dE/dv.
+
+    Where the derivative is taken from the value, v is not kept: v and the value are one array. (The output layer of
+    a fused loss needs v.) The value is the output, but for layers with dropout or a shortcut. A layer with a shortcut
+    has `error`, dE/dy, too, which its inputs get as well; a normalised one its `normalised` product of weights and
+    inputs, and the `scale` (rows, 1) that normalised it.
     """
 
-    def __init__(self, net_input: Array, output: Array, delta: Array | None) -> None:
-        self.net_input = net_input
-        self.output = output
-        self.delta = delta
+    net_input: Array
+    value: Array
+    output: Array
+    delta: Array | None
+    error: Array | None = None
+    normalised: Array | None = None
+    scale: Array | None = None
 
     def rows(self, n: int) -> Signals:
-        """The first n rows, as views."""
-        net_input = self.net_input[:n]
-        output = net_input if self.output is self.net_input else self.output[:n]
-        return Signals(net_input, output, None if self.delta is None else self.delta[:n])
+        """The first n rows, as views; arrays that are one stay one."""
+        views = {id(array): array[:n] for array in vars(self).values() if array is not None}
+        return Signals(**{name: None if x is None else views[id(x)] for name, x in vars(self).items()})
 
 
 class Network:
@@ -88,6 +102,8 @@ class Network:
         widths: units a layer, the inputs first, at least two numbers: [2, 20, 1].
         activations: one a layer after the inputs; names or records.
         biases: whether layers have biases. They start at 0, and so do the weights: see `load`.
+        normalise: whether the net inputs of hidden layers are normalised (see `kernels/normalise.py`).
+        residual: whether a hidden layer that is as wide as its inputs adds them to its outputs (He et al., 2016).
         backend: where it lives; NumPy by default.
         dtype: "float32" or "float64".
 
@@ -102,6 +118,8 @@ class Network:
         activations: Sequence[str | Activation | RowActivation],
         *,
         biases: bool = True,
+        normalise: bool = False,
+        residual: bool = False,
         backend: Backend | None = None,
         dtype: str = "float32",
     ) -> None:
@@ -113,26 +131,28 @@ class Network:
         for record in records[:-1]:
             if isinstance(record, RowActivation):
                 raise UserError(f"{record.name} can only be the activation of the output layer")
+        if normalise and 1 in widths[1:-1]:
+            raise UserError("a hidden layer of a single unit cannot be normalised: its net input would always be 0")
         self.widths = list(widths)
         self.biases = biases
+        self.normalise = normalise
+        self.residual = residual
         self.backend: Backend = backend or NumpyBackend()
         self.dtype = np.dtype(dtype)
         n_layers = len(widths) - 1
         self.layout = Layout(
             {f"layers.{k}.weights": (widths[k + 1], widths[k]) for k in range(n_layers)},
-            {f"layers.{k}.biases": (widths[k + 1],) for k in range(n_layers) if biases},
+            {f"layers.{k}.biases": (widths[k + 1],) for k in range(n_layers) if biases}
+            | {f"layers.{k}.gains": (widths[k + 1],) for k in range(n_layers - 1) if normalise},
         )
         if self.layout.size > 2**48:
             raise MemoryError(f"a network of {self.layout.size:.1e} parameters")
         self.parameters = self.backend.zeros((self.layout.size,), self.dtype)
-        named = self.layout.views(self.parameters)
-        self.layers = [
-            Layer(named[f"layers.{k}.weights"], named.get(f"layers.{k}.biases"), record)
-            for k, record in enumerate(records)
-        ]
+        self._activations = records
+        self.layers = self.views(self.parameters)
 
     def load(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Sets the parameters from named host arrays, `layers.K.weights` (n_out, n_in) and `layers.K.biases`.
+        """Sets the parameters from named host arrays, `layers.K.weights` (n_out, n_in), `layers.K.biases` and `gains`.
 
         Raises:
             UserError: a tensor is missing, unknown, of another shape, or not finite.
@@ -158,71 +178,129 @@ class Network:
         return {name: view.copy() for name, view in self.layout.views(flat).items()}
 
     def signals(
-        self, rows: int, loss: Loss | None = None, *, backward: bool = True, keep_net_inputs: bool = False
+        self,
+        rows: int,
+        loss: Loss | None = None,
+        *,
+        backward: bool = True,
+        keep_net_inputs: bool = False,
+        noise: Noise | None = None,
     ) -> list[Signals]:
         """New arrays for a batch of up to so many rows.
 
         Without `backward`, deltas are made for the output layer alone, and only where there is a loss.
         """
         made = []
-        for layer in self.layers:
+        for k, layer in enumerate(self.layers):
+            last = layer is self.layers[-1]
             shape = (rows, len(layer.weights))
             phi = layer.activation
             in_place = isinstance(phi, Activation) and phi.derivative_from == "output"
-            if keep_net_inputs or (loss and loss.starts_from_net_input and layer is self.layers[-1]):
+            if keep_net_inputs or (loss and loss.starts_from_net_input and last):
                 in_place = False
             net_input = self._zeros(shape)
-            output = net_input if in_place else self._zeros(shape)
-            has_delta = backward or (loss is not None and layer is self.layers[-1])
-            made.append(Signals(net_input, output, self._zeros(shape) if has_delta else None))
+            value = net_input if in_place else self._zeros(shape)
+            drops = noise is not None and noise.rate(k) > 0
+            normalised = layer.gains is not None
+            made.append(
+                Signals(
+                    net_input,
+                    value,
+                    output=self._zeros(shape) if drops or layer.shortcut else value,
+                    delta=self._zeros(shape) if backward or (loss is not None and last) else None,
+                    error=self._zeros(shape) if backward and layer.shortcut else None,
+                    normalised=self._zeros(shape) if normalised else None,
+                    scale=self._zeros((rows, 1)) if normalised else None,
+                )
+            )
         return made
 
     def _zeros(self, shape: tuple[int, ...]) -> Any:
         return self.backend.zeros(shape, self.dtype)
 
-    def forward(self, inputs: Array, signals: Sequence[Signals], loss: Loss | None = None) -> Array:
+    def forward(
+        self, inputs: Array, signals: Sequence[Signals], loss: Loss | None = None, draw: Draw | None = None
+    ) -> Array:
         """The function signal, from the inputs (rows, n_in) to the outputs (rows, n_out).
 
-        With a fused loss the last layer stops at its net input, from which the loss computes y.
+        With a fused loss the last layer stops at its net input, from which the loss computes y. With a draw some
+        outputs are left out, as it says.
         """
+        backend = self.backend
         y = inputs
-        for layer, signal in zip(self.layers, signals, strict=True):
-            self.backend.matmul(y, layer.weights, signal.net_input, transpose_b=True)  # V = Y_prev W.T, b to come
-            if loss and loss.starts_from_net_input and layer is self.layers[-1]:
-                if layer.biases is not None:
-                    self.backend.activate(IDENTITY, signal.net_input, layer.biases, signal.net_input)  # V += b
+        for k, (layer, signal) in enumerate(zip(self.layers, signals, strict=True)):
+            v, biases = signal.net_input, layer.biases
+            if layer.gains is None:
+                backend.matmul(y, layer.weights, v, transpose_b=True)  # V = Y_prev W.T, b to come
             else:
-                self.backend.activate(
-                    layer.activation, signal.net_input, layer.biases, signal.output
-                )  # V += b, Y = phi(V)
+                backend.matmul(y, layer.weights, signal.normalised, transpose_b=True)
+                backend.normalise(signal.normalised, layer.gains, biases, signal.scale, v)  # V = gains * X + b
+                biases = None
+            if loss and loss.starts_from_net_input and layer is self.layers[-1]:
+                if biases is not None:
+                    backend.activate(IDENTITY, v, biases, v)  # V += b
+            else:
+                backend.activate(layer.activation, v, biases, signal.value)  # V += b, Y = phi(V)
+            passed = signal.value
+            if draw is not None and draw.noise.rate(k):
+                draw.outputs(backend, k, passed, signal.output)
+                passed = signal.output
+            if layer.shortcut:
+                backend.add(passed, y, signal.output)  # Y += Y_prev
             y = signal.output
         return y
 
-    def backward(self, inputs: Array, signals: Sequence[Signals], gradients: Sequence[Layer]) -> None:
+    def backward(
+        self, inputs: Array, signals: Sequence[Signals], gradients: Sequence[Layer], draw: Draw | None = None
+    ) -> None:
         """The error signal, from the output layer's delta back, and with it the gradient of the sum over the rows.
 
-        `gradients` are layers whose weights and biases receive dE/dW and dE/db.
+        `gradients` are layers whose weights, biases and gains receive dE/dW, dE/db and dE/dgains.
         """
+        backend = self.backend
         for k in reversed(range(len(self.layers))):
-            delta = signals[k].delta
+            layer, signal, gradient = self.layers[k], signals[k], gradients[k]
+            delta = signal.delta
+            if gradient.biases is not None:
+                backend.column_sums(delta, gradient.biases)  # dE/db
+            if layer.gains is not None:
+                backend.column_dots(delta, signal.normalised, gradient.gains)  # dE/dgains
+                backend.normalise_delta(delta, signal.normalised, signal.scale, layer.gains)
             y_prev = signals[k - 1].output if k else inputs
-            self.backend.matmul(delta, y_prev, gradients[k].weights, transpose_a=True)  # dE/dW = Delta.T Y_prev
-            if gradients[k].biases is not None:
-                self.backend.column_sums(delta, gradients[k].biases)  # dE/db
+            backend.matmul(delta, y_prev, gradient.weights, transpose_a=True)  # dE/dW = Delta.T Y_prev
             if k:
-                below = signals[k - 1]
-                self.backend.matmul(delta, self.layers[k].weights, below.delta)  # E = Delta W, dE/dY of the layer below
-                phi = self.layers[k - 1].activation
+                below, phi = signals[k - 1], self.layers[k - 1].activation
                 assert isinstance(phi, Activation)
-                self.backend.hidden_delta(phi, below.delta, below.net_input, below.output)  # Delta = E * phi'(V)
+                error = below.delta if below.error is None else below.error
+                backend.matmul(delta, layer.weights, error)  # E = Delta W, dE/dY of the layer below
+                if layer.shortcut:
+                    backend.add(error, signal.error, error)  # whose outputs went past this layer too
+                if draw is not None and draw.noise.rate(k - 1):
+                    draw.outputs(backend, k - 1, error, below.delta)
+                    error = below.delta
+                backend.hidden_delta(phi, error, below.net_input, below.value, below.delta)  # Delta = E * phi'(V)
 
     def views(self, buffer: Array) -> list[Layer]:
-        """A flat buffer, such as the gradients, seen as layers."""
+        """A flat buffer, such as the parameters or their gradients, seen as layers."""
         named = self.layout.views(buffer)
+        last = len(self._activations) - 1
         return [
-            Layer(named[f"layers.{k}.weights"], named.get(f"layers.{k}.biases"), layer.activation)
-            for k, layer in enumerate(self.layers)
+            Layer(
+                named[f"layers.{k}.weights"],
+                named.get(f"layers.{k}.biases"),
+                activation,
+                named.get(f"layers.{k}.gains"),
+                shortcut=self.residual and k < last and self.widths[k] == self.widths[k + 1],
+            )
+            for k, activation in enumerate(self._activations)
         ]
+
+    def over(self, parameters: Array) -> Network:
+        """This network with another flat buffer of parameters, such as their average; the buffer is not copied."""
+        other = copy.copy(self)
+        other.parameters = parameters
+        other.layers = self.views(parameters)
+        return other
 
     def predict(self, inputs: np.ndarray, *, batch_rows: int = 4096) -> np.ndarray:
         """Outputs (rows, n_out) for host inputs (rows, n_in), computed so many rows at a time."""

@@ -13,7 +13,19 @@ from gpu_bp.spec import Activation, Loss, Record, RowActivation, Update
 try:
     from gpu_bp.kernels import activations, losses, penalties, updates
     from gpu_bp.kernels.functions import CUDA_FUNCTIONS, sincospi
-    from gpu_bp.kernels.random import CUDA_FILL_NORMALS, CUDA_FILL_UNIFORMS, CUDA_RANDOM, Purpose, normals, uniforms
+    from gpu_bp.kernels.normalise import limit_norm, normalise, normalise_delta
+    from gpu_bp.kernels.random import (
+        CUDA_DROPOUT,
+        CUDA_FILL_NORMALS,
+        CUDA_FILL_UNIFORMS,
+        CUDA_INPUT_NOISE,
+        CUDA_RANDOM,
+        Purpose,
+        dropout,
+        element_of_step,
+        normals,
+        uniforms,
+    )
     from gpu_bp.kernels.shuffle import CUDA_SHUFFLE, Permutations
 except ModuleNotFoundError as error:  # kernels/ becomes gpu_bp.kernels on installation
     if not (error.name or "").startswith("gpu_bp.kernels"):
@@ -24,9 +36,11 @@ except ModuleNotFoundError as error:  # kernels/ becomes gpu_bp.kernels on insta
 
 __all__ = [
     "ACTIVATIONS",
+    "CUDA_DROPOUT",
     "CUDA_FILL_NORMALS",
     "CUDA_FILL_UNIFORMS",
     "CUDA_FUNCTIONS",
+    "CUDA_INPUT_NOISE",
     "CUDA_RANDOM",
     "CUDA_SHUFFLE",
     "LOSSES",
@@ -35,7 +49,12 @@ __all__ = [
     "Permutations",
     "Purpose",
     "activation",
+    "dropout",
+    "element_of_step",
+    "limit_norm",
     "loss",
+    "normalise",
+    "normalise_delta",
     "normals",
     "sincospi",
     "uniforms",

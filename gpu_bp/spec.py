@@ -37,6 +37,7 @@ class Scratch(Protocol):
     b: np.ndarray
     c: np.ndarray
     mask: np.ndarray  # bool
+    uniforms: np.ndarray  # float64
     # For losses that reduce a row: one value a row.
     row_a: np.ndarray  # (rows, 1)
     row_b: np.ndarray  # (rows, 1)

@@ -1,6 +1,7 @@
 """One training step on arrays that are made once: forward, output delta, backward, update.
 
-`Objective` is the loss of a network over a batch and its gradient; `Step` adds the update.
+`Objective` is the loss of a network over a batch and its gradient; `Step` adds the update. A step's rows may come as
+several batches, whose gradients are summed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import numpy as np
 
 from gpu_bp.data.source import Batch
 from gpu_bp.network import Network, Signals
+from gpu_bp.noise import Draw, Noise
 from gpu_bp.optimizer import Optimizer
 from gpu_bp.spec import Array, Loss
 
@@ -16,56 +18,130 @@ from gpu_bp.spec import Array, Loss
 class Objective:
     """A loss of a network, over batches of up to `batch_size` rows, and its gradient.
 
-    With `backward=False` it is evaluated only, and has no gradients. With `keep_net_inputs` every layer's net
-    input stands in an array of its own, for whoever wants to look at it.
+    Args:
+        backward: False evaluates only; there are no gradients then.
+        keep_net_inputs: every layer's net input stands in an array of its own, for whoever wants to look at it.
+        noise: dropout and input noise.
+        class_weights: (n_classes,) what a row of each class weighs, beside its own weight.
 
     Attributes:
-        gradients: the flat buffer of the gradient of the last batch's summed loss.
-        total: (1,) float64 on the device, the loss summed over the batches since `mean_loss` was read.
-        rows: how many rows those batches had.
+        gradients: the flat buffer of the gradient of the last step's summed loss.
+        total: (1,) float64 on the device, the weighted loss summed over the batches since `mean_loss` was read.
+        rows: how many rows without weights those batches had. weight: (1,) float64, what the others weighed.
         signals: the arrays of each layer, as the last batch left them.
+        last_weights: (rows,) what the rows of the last batch weighed, None where each weighed 1.
     """
 
     def __init__(
-        self, network: Network, loss: Loss, batch_size: int, *, backward: bool = True, keep_net_inputs: bool = False
+        self,
+        network: Network,
+        loss: Loss,
+        batch_size: int,
+        *,
+        backward: bool = True,
+        keep_net_inputs: bool = False,
+        noise: Noise | None = None,
+        class_weights: np.ndarray | None = None,
     ) -> None:
+        backend = network.backend
         self.network = network
         self.loss = loss
-        self.gradients = network.backend.zeros((network.layout.size if backward else 0,), network.dtype)
+        self.noise = noise
+        self.gradients = backend.zeros((network.layout.size if backward else 0,), network.dtype)
         self._gradient_layers = network.views(self.gradients) if backward else []
-        self.signals = network.signals(batch_size, loss, backward=backward, keep_net_inputs=keep_net_inputs)
-        self._losses = network.backend.zeros((batch_size, loss.losses_width(network.widths[-1])), network.dtype)
+        self._added = self.gradients[:0]  # the gradient of a later batch of a step, made when there is one
+        self.signals = network.signals(
+            batch_size, loss, backward=backward, keep_net_inputs=keep_net_inputs, noise=noise
+        )
+        self._losses = backend.zeros((batch_size, loss.losses_width(network.widths[-1])), network.dtype)
+        noisy = noise is not None and noise.on_inputs
+        self._inputs = backend.zeros((batch_size if noisy else 0, network.widths[0]), network.dtype)
+        self._class_weights = None if class_weights is None else backend.to_device(class_weights.astype(network.dtype))
+        self._weights = backend.zeros((0 if class_weights is None else batch_size,), network.dtype)
         self._parts: dict[int, tuple[list[Signals], Array]] = {batch_size: (self.signals, self._losses)}
         self._checked: set[tuple[object, ...]] = set()
-        self.total = network.backend.zeros((1,), np.float64)
+        self.total = backend.zeros((1,), np.float64)
+        self.weight = backend.zeros((1,), np.float64)
+        self._weighted = False
         self.rows = 0
+        self.last_weights: Array | None = None
 
-    def forward(self, batch: Batch) -> Array:
-        """The outputs for a batch; adds its loss to `total` and leaves the output layer's delta."""
-        signature = (batch.inputs.shape, batch.targets.shape, batch.inputs.dtype, batch.targets.dtype)
+    def forward(self, batch: Batch, step: int = 0) -> Array:
+        """The outputs for a batch; adds its loss to `total` and leaves the output layer's delta.
+
+        `step` is the number for which noise is drawn.
+        """
+        weights = batch.weights
+        signature = (
+            batch.inputs.shape,
+            batch.targets.shape,
+            batch.inputs.dtype,
+            batch.targets.dtype,
+            None if weights is None else (weights.shape, weights.dtype),
+        )
         if signature not in self._checked:
             self._check(batch)
             self._checked.add(signature)
         signals, losses = self._part(batch.n)
         last, phi = signals[-1], self.network.layers[-1].activation
         backend = self.network.backend
-        self.network.forward(batch.inputs, signals, self.loss)
+        draw = self._draw(batch, step)
+        inputs = batch.inputs
+        if draw is not None and draw.noise.on_inputs:
+            inputs = self._inputs[: batch.n]
+            draw.inputs(backend, batch.inputs, inputs)
+        self.network.forward(inputs, signals, self.loss, draw)
         backend.output_delta(self.loss, phi, last.net_input, batch.targets, last.output, losses, last.delta)
+        self.last_weights = weights = self._weights_of(batch)
+        if weights is None:
+            self.rows += batch.n
+        else:
+            backend.weigh(weights, losses, last.delta)
+            backend.accumulate(weights, self.weight)
+            self._weighted = True
         backend.accumulate(losses, self.total)
-        self.rows += batch.n
         return last.output
 
-    def backward(self, batch: Batch) -> None:
-        """The gradient of the batch's summed loss, into `gradients`; after `forward` of the same batch."""
-        self.network.backward(batch.inputs, self._part(batch.n)[0], self._gradient_layers)
+    def backward(self, batch: Batch, step: int = 0) -> None:
+        """The gradient of the batch's summed loss, into `gradients`; after `forward` of the same batch and step.
+
+        That of a batch which is not the first of its step is added to what is there.
+        """
+        draw = self._draw(batch, step)
+        inputs = self._inputs[: batch.n] if draw is not None and draw.noise.on_inputs else batch.inputs
+        signals = self._part(batch.n)[0]
+        if batch.place == 0:
+            self.network.backward(inputs, signals, self._gradient_layers, draw)
+            return
+        if not len(self._added):
+            self._added = self.network.backend.zeros(self.gradients.shape, self.network.dtype)
+            self._added_layers = self.network.views(self._added)
+        self.network.backward(inputs, signals, self._added_layers, draw)
+        self.network.backend.add(self.gradients, self._added, self.gradients)
+
+    def _weights_of(self, batch: Batch) -> Array | None:
+        """What each row weighs: (rows,), or None where each weighs 1."""
+        if self._class_weights is None:
+            return batch.weights
+        weights = self._weights[: batch.n]
+        self.network.backend.class_weights(batch.targets, self._class_weights, batch.weights, weights)
+        return weights
 
     def mean_loss(self, *, reset: bool = True) -> float:
         """The mean loss a row since this was last read, or only looked at (`reset=False`). Waits for the device."""
-        mean = float(self.network.backend.to_host(self.total)[0]) / self.rows if self.rows else float("nan")
+        to_host = self.network.backend.to_host
+        weight = self.rows + (float(to_host(self.weight)[0]) if self._weighted else 0.0)
+        mean = float(to_host(self.total)[0]) / weight if weight else float("nan")
         if reset:
             self.total.fill(0)
             self.rows = 0
+            if self._weighted:
+                self.weight.fill(0)
+                self._weighted = False
         return mean
+
+    def _draw(self, batch: Batch, step: int) -> Draw | None:
+        return None if self.noise is None else Draw(self.noise, step, batch.place)
 
     def _check(self, batch: Batch) -> None:
         """Raises ValueError where a batch does not fit: a kernel would broadcast it, or read beyond its end."""
@@ -73,6 +149,8 @@ class Objective:
         inputs, targets = batch.inputs, batch.targets
         if inputs.shape != (batch.n, widths[0]) or inputs.dtype != dtype:
             raise ValueError(f"inputs must be (rows, {widths[0]}) {dtype}, not {inputs.shape} {inputs.dtype}")
+        if batch.weights is not None and (batch.weights.shape != (batch.n,) or batch.weights.dtype != dtype):
+            raise ValueError(f"weights must be (rows,) {dtype}, not {batch.weights.shape} {batch.weights.dtype}")
         if batch.n > len(self._losses):
             raise ValueError(f"a batch of {batch.n} rows; the arrays were made for {len(self._losses)}")
         classes = self.loss.targets == "classes" and targets.shape == (batch.n,) and targets.dtype == np.int64
@@ -88,13 +166,82 @@ class Objective:
 
 
 class Step:
-    """A training step: the objective's gradient, then the optimizer's update by its mean over the rows."""
+    """A training step: the objective's gradient, then the optimizer's update by its mean over the rows.
 
-    def __init__(self, objective: Objective, optimizer: Optimizer) -> None:
+    Args:
+        clip_norm: the mean gradient is shrunk to this length where it is longer (Pascanu et al., 2013); 0: never.
+        max_norm: likewise the weights of each hidden unit after the update; 0: never.
+        average: a moving average of the parameters that each step brings up to date.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: Optimizer,
+        *,
+        clip_norm: float = 0.0,
+        max_norm: float = 0.0,
+        average: Average | None = None,
+    ) -> None:
+        backend = objective.network.backend
         self.objective = objective
         self.optimizer = optimizer
+        self.average = average
+        self._clip_norm = clip_norm
+        self._max_norm = max_norm
+        self._rows = 0  # of the step so far
+        self._weight = backend.zeros((1,), np.float64)
+        self._squares = backend.zeros((1,), np.float64)
+        self._factor = backend.zeros((1,), objective.network.dtype)
 
     def __call__(self, batch: Batch) -> None:
-        self.objective.forward(batch)
-        self.objective.backward(batch)
-        self.optimizer.step(self.objective.gradients, 1 / batch.n)  # 1 / total weight: each row weighs 1
+        objective, backend, step = self.objective, self.objective.network.backend, self.optimizer.steps
+        objective.forward(batch, step)
+        objective.backward(batch, step)
+        if batch.place == 0:
+            self._rows = 0
+        self._rows += batch.n
+        weights = objective.last_weights
+        if weights is not None:
+            if batch.place == 0:
+                self._weight.fill(0)
+            backend.accumulate(weights, self._weight)
+        if batch.last:
+            self._update(weighted=weights is not None)
+
+    def _update(self, weighted: bool) -> None:
+        network, backend, gradients = self.objective.network, self.objective.network.backend, self.objective.gradients
+        scale, factor = (1.0 if weighted else 1 / self._rows), None  # 1 / total weight
+        if weighted or self._clip_norm:
+            squares, factor = None, self._factor
+            if self._clip_norm:
+                squares = self._squares
+                squares.fill(0)
+                backend.accumulate(gradients, squares, squares=True)
+            backend.step_factor(scale, self._weight if weighted else None, squares, self._clip_norm, factor)
+        self.optimizer.step(gradients, scale, factor)
+        if self._max_norm:
+            for layer in network.layers[:-1]:
+                backend.limit_norms(layer.weights, self._max_norm)
+        if self.average is not None:
+            self.average.add(network.parameters)
+
+
+class Average:
+    """An exponential moving average of a network's parameters: average += (1 - decay) (parameters - average).
+
+    It begins with the parameters after the first step (Polyak and Juditsky, 1992, with weights that decay).
+
+    Attributes:
+        network: the network with the averaged parameters.
+    """
+
+    def __init__(self, network: Network, decay: float) -> None:
+        self.network = network.over(network.backend.zeros(network.parameters.shape, network.dtype))
+        self._rest = 1 - decay
+        self._begun = False
+
+    def add(self, parameters: Array) -> None:
+        """Brings the average up to date after a step."""
+        self.network.backend.average(parameters, self.network.parameters, self._rest if self._begun else 1.0)
+        self._begun = True

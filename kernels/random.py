@@ -13,6 +13,7 @@ from enum import IntEnum
 import numpy as np
 
 from gpu_bp.kernels.functions import sincospi
+from gpu_bp.spec import Scratch
 
 
 class Purpose(IntEnum):
@@ -27,6 +28,7 @@ class Purpose(IntEnum):
     CHECK = 6  # which gradients are checked
     LABELS = 7
     WINDOWS = 8  # the order of the rows within a window
+    INPUT_NOISE = 9  # added to the inputs of a training step
 
 
 # uniform(seed, purpose, row, draws, j) is element row * draws + j of a stream, in 128 bits, so that it never overflows.
@@ -103,6 +105,24 @@ CUDA_FILL_NORMALS = CUDA_FILL % (
 )
 
 
+# Dropout and input noise, likewise; `values` are what goes in, `rate` the share that is left out.
+CUDA_DROPOUT = CUDA_FILL % tuple(f"{u} < rate ? T(0) : T(values[first + {k}] * keep)" for k, u in enumerate("xyzw"))
+CUDA_INPUT_NOISE = CUDA_FILL % tuple(
+    f"values[first + {k}] + T(sd * {normal})"
+    for k, normal in enumerate(
+        ("first_normal(x, y)", "second_normal(x, y)", "first_normal(z, w)", "second_normal(z, w)")
+    )
+)
+
+
+def element_of_step(step: int, layer: int, place: int) -> int:
+    """The element of a stream that is for a place in the output of a layer, counting row by row, at a step.
+
+    Each step and layer has 2^128 blocks of its own, so that no two ever meet.
+    """
+    return 4 * ((step << 64 | layer) << 128) + place
+
+
 def _philox(seed: int, purpose: Purpose, block: int) -> np.random.Philox:
     """NumPy's generator, the next number of which is lane 0 of that block."""
     key = np.array([seed, purpose], dtype=np.uint64)
@@ -114,6 +134,19 @@ def bits(seed: int, purpose: Purpose, start: int, count: int) -> np.ndarray:
     """Elements start to start + count of a stream, 64 random bits each: (count,) uint64."""
     lane = start % 4
     return np.asarray(_philox(seed, purpose, start // 4).random_raw(lane + count)[lane:])
+
+
+def dropout(seed: int, start: int, rate: float, values: np.ndarray, out: np.ndarray, s: Scratch) -> None:
+    """`out` = values / (1 - rate), but 0 where the stream's uniform, from element `start` on, is less than the rate.
+
+    Srivastava et al. (2014), scaled in training, so that nothing is to be scaled later. The arrays are flat.
+    """
+    generator = np.random.Generator(_philox(seed, Purpose.DROPOUT, start // 4))
+    generator.bit_generator.random_raw(start % 4)
+    generator.random(out=s.uniforms)
+    np.less(s.uniforms, rate, out=s.mask)
+    np.multiply(values, 1 / (1 - rate), out=out)
+    np.copyto(out, 0, where=s.mask)
 
 
 def uniforms(seed: int, purpose: Purpose, start: int, count: int) -> np.ndarray:

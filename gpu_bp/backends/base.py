@@ -52,8 +52,11 @@ class Backend(Protocol):
         `output` may be the same array as `net_input`, which then holds the output.
         """
 
-    def hidden_delta(self, activation: Activation, delta: Array, net_input: Array, output: Array) -> None:
-        """delta *= phi', in place: what came back from the layer above, dE/dy, becomes the local gradient."""
+    def hidden_delta(self, activation: Activation, error: Array, net_input: Array, output: Array, delta: Array) -> None:
+        """delta = error * phi': what came back from the layer above, dE/dy, becomes the local gradient.
+
+        `delta` may be the same array as `error`.
+        """
 
     def output_delta(
         self,
@@ -74,8 +77,60 @@ class Backend(Protocol):
     def column_sums(self, x: Array, out: Array) -> None:
         """out = the sums of the columns of x: (rows, n) to (n,)."""
 
-    def accumulate(self, losses: Array, total: Array) -> None:
-        """total += the sum of losses; total is (1,) float64."""
+    def accumulate(self, x: Array, total: Array, *, squares: bool = False) -> None:
+        """total += the sum of x, or of its squares; total is (1,) float64."""
+
+    def add(self, a: Array, b: Array, out: Array) -> None:
+        """out = a + b, of one shape; `out` may be one of them."""
+
+    # layer normalisation and the weights of rows
+
+    def normalise(self, product: Array, gains: Array, biases: Array | None, scale: Array, net_input: Array) -> None:
+        """net_input = gains * x + biases, with x the rows of `product` (rows, n) less their mean, over their deviation.
+
+        `product` becomes x, and `scale` (rows, 1) is what it was multiplied with.
+        """
+
+    def normalise_delta(self, delta: Array, normalised: Array, scale: Array, gains: Array) -> None:
+        """delta, dE/dv of the net input that `normalise` gave, becomes that of the product."""
+
+    def column_dots(self, x: Array, y: Array, out: Array) -> None:
+        """out = the sums of the columns of x * y: (rows, n) to (n,)."""
+
+    def weigh(self, weights: Array, losses: Array, delta: Array) -> None:
+        """Multiplies rows by their weights (rows,), in place. Weight 0 gives 0, whatever was there."""
+
+    def class_weights(self, targets: Array, table: Array, weights: Array | None, out: Array) -> None:
+        """out (rows,) = the weight of each row's class, times its own where there are such.
+
+        Targets are class indices, or rows the largest of which names the class; a row of one says it by its sign,
+        0 being class 0.
+        """
+
+    # what only training does
+
+    def dropout(self, seed: int, start: int, rate: float, x: Array, out: Array) -> None:
+        """out = x / (1 - rate), but 0 for the share `rate` of the elements; which, says the stream from `start` on.
+
+        `out` may be the same array as `x`. See `gpu_bp.kernels.random.dropout`.
+        """
+
+    def input_noise(self, seed: int, start: int, sd: float, x: Array, out: Array) -> None:
+        """out = x + sd * standard normals, those of the stream from element `start` on."""
+
+    def step_factor(self, scale: float, weight: Array | None, squares: Array | None, most: float, out: Array) -> None:
+        """out (1,) = what the summed gradient, times scale, is to be multiplied with for the mean gradient.
+
+        Divided by the total `weight` (1,) where there is one (0 for a weight of 0); and where there are `squares`
+        (1,), the sum of the squared gradients, shrunk so that the mean gradient is at most about `most` long, by the
+        rule of PyTorch: most / (length + 1e-6). Both are float64, on the device.
+        """
+
+    def limit_norms(self, weights: Array, most: float) -> None:
+        """Shrinks the rows of weights (n_out, n_in) that are longer than `most` to that length."""
+
+    def average(self, parameters: Array, average: Array, rest: float) -> None:
+        """average += rest * (parameters - average)."""
 
     def update(
         self,

@@ -13,11 +13,16 @@ from typing import NamedTuple
 from gpu_bp.backends.trace import trace
 from gpu_bp.formula import Columns, Program
 from gpu_bp.registry import (
+    CUDA_DROPOUT,
     CUDA_FILL_NORMALS,
     CUDA_FILL_UNIFORMS,
     CUDA_FUNCTIONS,
+    CUDA_INPUT_NOISE,
     CUDA_RANDOM,
     CUDA_SHUFFLE,
+    limit_norm,
+    normalise,
+    normalise_delta,
 )
 
 
@@ -103,6 +108,9 @@ def fused_loss(name: str, text: str, parameters: tuple[str, ...]) -> Kernel:
     )
 
 
+# Elements of a stream: where they begin, and how many.
+_FILL = "uint64 c0, uint64 c1, uint64 c2, uint64 c3, uint64 seed, uint64 purpose, int32 lane, int64 count"
+
 ROW_WARPS = 4  # rows that a block of threads handles, each by one warp
 
 _ROW_FUNCTIONS = """
@@ -117,6 +125,7 @@ template <typename S> __device__ inline S warp_max(S x) {
 """
 
 
+@functools.cache
 def row_kernel_source(name: str, text: str, dtype: str, target_dtype: str) -> str:
     """The source of a kernel in which one warp handles one row of n columns.
 
@@ -143,19 +152,143 @@ extern "C" __global__ void {name}(const int rows, const int n, const T* net_inpu
 """
 
 
+def rows_source(name: str, text: str, dtype: str, arrays: str, pointers: str, preamble: str = "") -> str:
+    """The source of a kernel in which one warp handles one row of n columns, `lane` by `lane`.
+
+    `arrays` are its arguments, from which `pointers` takes what belongs to the row.
+    """
+    return f"""
+typedef {dtype} T;
+{CUDA_FUNCTIONS}{_ROW_FUNCTIONS}{preamble}
+extern "C" __global__ void {name}(const int rows, const int n, {arrays}) {{
+    const int lane = threadIdx.x % 32;
+    const int row = blockIdx.x * {ROW_WARPS} + threadIdx.x / 32;
+    if (row >= rows) return;  // a whole warp at a time
+    const long long first = (long long)row * n;
+    {pointers}
+    {text}
+}}
+"""
+
+
 @functools.cache
-def chunk_sums() -> Kernel:
-    """Chunk c of column j: the sum of x[r, j] over the rows r = c, c + chunks, c + 2 chunks, ..."""
+def normalise_source(dtype: str, biased: bool) -> str:
+    """Layer normalisation; without biases `biases` is any array."""
+    return rows_source(
+        "gpu_bp_normalise",
+        normalise.cuda,
+        dtype,
+        "T* products, const T* gains, const T* biases, T* scales, T* net_inputs",
+        "T* x = products + first; T* scale = scales + row; T* v = net_inputs + first;",
+        f"#define BIAS(j) {'biases[j]' if biased else 'T(0)'}\n",
+    )
+
+
+@functools.cache
+def normalise_delta_source(dtype: str) -> str:
+    """The way back through it."""
+    return rows_source(
+        "gpu_bp_normalise_delta",
+        normalise_delta.cuda,
+        dtype,
+        "T* deltas, const T* normalised, const T* scales, const T* gains",
+        "T* delta = deltas + first; const T* x = normalised + first; const T* scale = scales + row;",
+    )
+
+
+@functools.cache
+def limit_norm_source(dtype: str) -> str:
+    """Max-norm: a row is the weights of a unit."""
+    return rows_source("gpu_bp_limit_norm", limit_norm.cuda, dtype, "T* all, const T most", "T* weights = all + first;")
+
+
+@functools.cache
+def chunk_sums(of: str = "x[k]") -> Kernel:
+    """Chunk c of column j: the sum over the rows r = c, c + chunks, c + 2 chunks, ... of x[r, j], or another term."""
+    names = {"x[k]": "sums", "x[k] * x[k]": "squares", "x[k] * y[k]": "dots"}
     return Kernel(
-        "raw T x, int64 rows, int64 columns, int64 chunks",
+        f"raw T x, {'raw T y, ' if 'y' in of else ''}int64 rows, int64 columns, int64 chunks",
         "T sum",
-        """
+        f"""
         const long long column = i % columns;
         T running = T(0);
-        for (long long row = i / columns; row < rows; row += chunks) running += x[row * columns + column];
+        for (long long row = i / columns; row < rows; row += chunks) {{
+            const long long k = row * columns + column;
+            running += {of};
+        }}
         sum = running;
         """,
-        "gpu_bp_chunk_sums",
+        f"gpu_bp_chunk_{names[of]}",
+    )
+
+
+@functools.cache
+def add() -> Kernel:
+    """out = a + b."""
+    return Kernel("T a, T b", "T out", "out = a + b", "gpu_bp_add")
+
+
+@functools.cache
+def weigh() -> Kernel:
+    """Rows times their weights; a weight of 0 gives 0, whatever x is."""
+    return Kernel("T weight, T x", "T out", "out = weight == T(0) ? T(0) : weight * x", "gpu_bp_weigh")
+
+
+@functools.cache
+def class_weights(indexed: bool, weighted: bool) -> Kernel:
+    """The weight of a row's class, and its own."""
+    own = " * weight" if weighted else ""
+    find = (
+        "const long long c = targets[i];"
+        if indexed
+        else """
+        const S* d = &targets[i * n];
+        long long c = n == 1 && d[0] > S(0);
+        for (long long j = 1; j < n; ++j) if (d[j] > d[c]) c = j;
+        """
+    )
+    return Kernel(
+        f"raw {'int64' if indexed else 'S'} targets, raw T table, int64 n{', T weight' if weighted else ''}",
+        "T out",
+        f"{find} out = table[c]{own};",
+        f"gpu_bp_class_weights{'_weighted' if weighted else ''}",
+    )
+
+
+@functools.cache
+def step_factor() -> Kernel:
+    """What gives the mean gradient, clipped where its length is more than `most`."""
+    return Kernel(
+        "float64 scale, float64 weight, float64 squares, float64 most",
+        "T factor",
+        """
+        const double mean = weight > 0 ? 1 / weight : 0;
+        const double clip = most / (sqrt(squares) * scale * mean + 1e-6);
+        factor = T(mean * (clip < 1 ? clip : 1));
+        """,
+        "gpu_bp_step_factor",
+    )
+
+
+@functools.cache
+def average() -> Kernel:
+    """A moving average of the parameters."""
+    return Kernel("T w, T rest", "T mean", "mean += rest * (w - mean)", "gpu_bp_average")
+
+
+@functools.cache
+def dropout() -> Kernel:
+    """Four elements a thread, as in `fill`."""
+    return Kernel(
+        f"{_FILL}, raw T values, float64 rate, T keep", "raw T out", CUDA_DROPOUT, "gpu_bp_dropout", CUDA_RANDOM
+    )
+
+
+@functools.cache
+def input_noise() -> Kernel:
+    """Four elements a thread, as in `fill`."""
+    return Kernel(
+        f"{_FILL}, raw T values, float64 sd", "raw T out", CUDA_INPUT_NOISE, "gpu_bp_input_noise", CUDA_RANDOM
     )
 
 
@@ -206,7 +339,7 @@ def update(
 def fill(normal: bool) -> Kernel:
     """Elements of a stream, four a thread: `count` of them from lane `lane` of the block with counter c0 .. c3 on."""
     return Kernel(
-        "uint64 c0, uint64 c1, uint64 c2, uint64 c3, uint64 seed, uint64 purpose, int32 lane, int64 count",
+        _FILL,
         "raw float64 out",
         CUDA_FILL_NORMALS if normal else CUDA_FILL_UNIFORMS,
         f"gpu_bp_{'normals' if normal else 'uniforms'}",

@@ -70,9 +70,9 @@ def compiled(kernel: kernels.Kernel) -> Any:
 
 
 @functools.cache
-def row_kernel(name: str, text: str, dtype: str, target_dtype: str) -> Any:
-    """The compiled kernel of `row_kernel_source`."""
-    return cupy.RawKernel(kernels.row_kernel_source(name, text, dtype, target_dtype), name)
+def raw_kernel(name: str, source: str) -> Any:
+    """The kernel of that name in a source."""
+    return cupy.RawKernel(source, name)
 
 
 # The backend -----------------------------------------------------------------------------------------------
@@ -184,10 +184,10 @@ class CupyBackend:
         inputs = (net_input,) if biases is None else (net_input, biases)
         kernel(*inputs, *activation.values.values(), net_input, output)
 
-    def hidden_delta(self, activation: Activation, delta: Array, net_input: Array, output: Array) -> None:
+    def hidden_delta(self, activation: Activation, error: Array, net_input: Array, output: Array, delta: Array) -> None:
         x, array = ("y", output) if activation.derivative_from == "output" else ("v", net_input)
         kernel = compiled(kernels.hidden_delta(activation.name, activation.delta.cuda, x, tuple(activation.values)))
-        kernel(delta, array, *activation.values.values(), delta)
+        kernel(error, array, *activation.values.values(), delta)
 
     def output_delta(
         self,
@@ -222,9 +222,53 @@ class CupyBackend:
         partial, chunks = self._chunk_sums(x, len(x), x.shape[1])
         compiled(kernels.chunk_sums())(partial, chunks, x.shape[1], 1, out)
 
-    def accumulate(self, losses: Array, total: Array) -> None:
-        partial, chunks = self._chunk_sums(losses, losses.size, 1)
+    def accumulate(self, x: Array, total: Array, *, squares: bool = False) -> None:
+        partial, chunks = self._chunk_sums(x, x.size, 1, of="x[k] * x[k]" if squares else "x[k]")
         compiled(kernels.add_to_total())(partial, chunks, total)
+
+    def add(self, a: Array, b: Array, out: Array) -> None:
+        compiled(kernels.add())(a, b, out)
+
+    def normalise(self, product: Array, gains: Array, biases: Array | None, scale: Array, net_input: Array) -> None:
+        source = kernels.normalise_source(_CUDA_NAMES[product.dtype], biases is not None)
+        bias = gains if biases is None else biases
+        self._by_rows("gpu_bp_normalise", source, product.shape, product, gains, bias, scale, net_input)
+
+    def normalise_delta(self, delta: Array, normalised: Array, scale: Array, gains: Array) -> None:
+        source = kernels.normalise_delta_source(_CUDA_NAMES[delta.dtype])
+        self._by_rows("gpu_bp_normalise_delta", source, delta.shape, delta, normalised, scale, gains)
+
+    def column_dots(self, x: Array, y: Array, out: Array) -> None:
+        partial, chunks = self._chunk_sums(x, len(x), x.shape[1], y, of="x[k] * y[k]")
+        compiled(kernels.chunk_sums())(partial, chunks, x.shape[1], 1, out)
+
+    def weigh(self, weights: Array, losses: Array, delta: Array) -> None:
+        column = weights.reshape(-1, 1)
+        for x in (losses, delta):
+            compiled(kernels.weigh())(column, x, x)
+
+    def class_weights(self, targets: Array, table: Array, weights: Array | None, out: Array) -> None:
+        own = () if weights is None else (weights,)
+        n = 1 if targets.ndim == 1 else targets.shape[1]
+        compiled(kernels.class_weights(targets.ndim == 1, weights is not None))(targets, table, n, *own, out)
+
+    def dropout(self, seed: int, start: int, rate: float, x: Array, out: Array) -> None:
+        self._fill(kernels.dropout(), seed, Purpose.DROPOUT, start, out, x, rate, 1 / (1 - rate))
+
+    def input_noise(self, seed: int, start: int, sd: float, x: Array, out: Array) -> None:
+        self._fill(kernels.input_noise(), seed, Purpose.INPUT_NOISE, start, out, x, sd)
+
+    def step_factor(self, scale: float, weight: Array | None, squares: Array | None, most: float, out: Array) -> None:
+        total = 1.0 if weight is None else weight
+        length, limit = (0.0, math.inf) if squares is None else (squares, most)
+        compiled(kernels.step_factor())(scale, total, length, limit, out)
+
+    def limit_norms(self, weights: Array, most: float) -> None:
+        source = kernels.limit_norm_source(_CUDA_NAMES[weights.dtype])
+        self._by_rows("gpu_bp_limit_norm", source, weights.shape, weights, weights.dtype.type(most))
+
+    def average(self, parameters: Array, average: Array, rest: float) -> None:
+        compiled(kernels.average())(parameters, rest, average)
 
     def update(
         self,
@@ -257,12 +301,14 @@ class CupyBackend:
     def normals(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
         self._fill(kernels.fill(normal=True), seed, purpose, start, out)
 
-    def _fill(self, kernel: kernels.Kernel, seed: int, purpose: Purpose, start: int, out: Array) -> None:
+    def _fill(
+        self, kernel: kernels.Kernel, seed: int, purpose: Purpose, start: int, out: Array, *arguments: Any
+    ) -> None:
         block, lane = divmod(start, 4)
         # NumPy counts a counter up before it uses it, hence + 1
         counter = (np.uint64((block + 1) >> shift & 0xFFFFFFFFFFFFFFFF) for shift in (0, 64, 128, 192))
-        blocks = -(-(lane + len(out)) // 4)
-        compiled(kernel)(*counter, np.uint64(seed), np.uint64(purpose), lane, len(out), out, size=blocks)
+        blocks = -(-(lane + out.size) // 4)
+        compiled(kernel)(*counter, np.uint64(seed), np.uint64(purpose), lane, out.size, *arguments, out, size=blocks)
 
     def generate(self, program: Program, seed: int, first: int, rows: Array, outputs: Sequence[Array]) -> None:
         if program not in self._generators:
@@ -301,18 +347,22 @@ class CupyBackend:
         self, name: str, text: str, net_input: Array, target: Array | None, output: Array, losses: Array, delta: Array
     ) -> None:
         target = net_input if target is None else target  # softmax alone reads none
-        kernel = row_kernel(f"gpu_bp_{name}", text, _CUDA_NAMES[net_input.dtype], _CUDA_NAMES[target.dtype])
-        rows, n = net_input.shape
-        blocks = -(-rows // kernels.ROW_WARPS)
-        arguments = (np.int32(rows), np.int32(n), net_input, target, output, losses, delta)
-        kernel((blocks,), (32 * kernels.ROW_WARPS,), arguments)
+        name, types = f"gpu_bp_{name}", (_CUDA_NAMES[net_input.dtype], _CUDA_NAMES[target.dtype])
+        source = kernels.row_kernel_source(name, text, *types)
+        self._by_rows(name, source, net_input.shape, net_input, target, output, losses, delta)
 
-    def _chunk_sums(self, x: Array, rows: int, columns: int) -> tuple[Array, int]:
+    def _by_rows(self, name: str, source: str, shape: tuple[int, ...], *arguments: Any) -> None:
+        """Runs a kernel in which one warp handles one row of this shape."""
+        rows, n = shape
+        blocks = -(-rows // kernels.ROW_WARPS)
+        raw_kernel(name, source)((blocks,), (32 * kernels.ROW_WARPS,), (np.int32(rows), np.int32(n), *arguments))
+
+    def _chunk_sums(self, x: Array, rows: int, columns: int, *y: Array, of: str = "x[k]") -> tuple[Array, int]:
         """Sums of about the root of the rows each: as many threads as terms in each thread's sum."""
         chunks = math.isqrt(rows - 1) + 1
         key = (chunks * columns, x.dtype)
         if key not in self._partial:
             self._partial[key] = cupy.empty(chunks * columns, x.dtype)
         partial = self._partial[key]
-        compiled(kernels.chunk_sums())(x, rows, columns, chunks, partial)
+        compiled(kernels.chunk_sums(of))(x, *y, rows, columns, chunks, partial)
         return partial, chunks

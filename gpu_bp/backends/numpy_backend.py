@@ -6,6 +6,7 @@ caller owns, and scratch arrays are kept by shape.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -14,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from gpu_bp.formula import Program, evaluate
-from gpu_bp.registry import Permutations, Purpose, normals, uniforms
+from gpu_bp.registry import (
+    Permutations,
+    Purpose,
+    dropout,
+    limit_norm,
+    normalise,
+    normalise_delta,
+    normals,
+    uniforms,
+)
 from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, Loss, Penalty, RowActivation, Update
 
 # Elements that a formula works on at a time: its few arrays then stay in a core's second-level cache.
@@ -35,6 +45,7 @@ class Scratch:
     b = cached_property(lambda self: self._new())
     c = cached_property(lambda self: self._new())
     mask = cached_property(lambda self: np.empty(self._shape, np.bool_))
+    uniforms = cached_property(lambda self: np.empty(self._shape))
     row_a = cached_property(lambda self: np.empty((self._shape[0], 1), self._dtype))
     row_b = cached_property(lambda self: np.empty((self._shape[0], 1), self._dtype))
     row_index = cached_property(lambda self: np.empty(self._shape[0], np.int64))
@@ -79,10 +90,10 @@ class NumpyBackend:
                 np.add(v, biases, out=v)
             value(v, v if output is net_input else y, scratch, **activation.values)
 
-    def hidden_delta(self, activation: Activation, delta: Array, net_input: Array, output: Array) -> None:
+    def hidden_delta(self, activation: Activation, error: Array, net_input: Array, output: Array, delta: Array) -> None:
         x = output if activation.derivative_from == "output" else net_input
-        for (e, x_slice), scratch in self._slices(delta, x):
-            activation.delta.numpy(e, x_slice, e, scratch, **activation.values)
+        for (e, x_slice, d), scratch in self._slices(error, x, delta):
+            activation.delta.numpy(e, x_slice, e if delta is error else d, scratch, **activation.values)
 
     def output_delta(
         self,
@@ -107,8 +118,72 @@ class NumpyBackend:
     def column_sums(self, x: Array, out: Array) -> None:
         np.add.reduce(x, axis=0, out=out)
 
-    def accumulate(self, losses: Array, total: Array) -> None:
-        total[0] += np.add.reduce(losses, axis=None)  # pairwise, so float32 is accurate enough within a batch
+    def accumulate(self, x: Array, total: Array, *, squares: bool = False) -> None:
+        if not squares:
+            total[0] += np.add.reduce(x, axis=None)  # pairwise, so float32 is accurate enough within a batch
+            return
+        for (part,), scratch in self._slices(x):
+            np.multiply(part, part, out=scratch.a)
+            total[0] += np.add.reduce(scratch.a, axis=None)
+
+    def add(self, a: Array, b: Array, out: Array) -> None:
+        np.add(a, b, out=out)
+
+    def normalise(self, product: Array, gains: Array, biases: Array | None, scale: Array, net_input: Array) -> None:
+        for (x, s, v), scratch in self._slices(product, scale, net_input):
+            normalise.numpy(x, gains, biases, s, v, scratch)
+
+    def normalise_delta(self, delta: Array, normalised: Array, scale: Array, gains: Array) -> None:
+        for (d, x, s), scratch in self._slices(delta, normalised, scale):
+            normalise_delta.numpy(d, x, s, gains, scratch)
+
+    def column_dots(self, x: Array, y: Array, out: Array) -> None:
+        np.einsum("ij,ij->j", x, y, out=out)
+
+    def weigh(self, weights: Array, losses: Array, delta: Array) -> None:
+        for x in (losses, delta):
+            for (w, part), scratch in self._slices(weights[:, None], x):
+                np.multiply(part, w, out=part)
+                np.equal(w, 0, out=scratch.mask)
+                np.copyto(part, 0, where=scratch.mask)
+
+    def class_weights(self, targets: Array, table: Array, weights: Array | None, out: Array) -> None:
+        index = targets
+        if targets.ndim == 2:
+            index = self._scratch_like(targets).row_index
+            if targets.shape[1] == 1:
+                np.greater(targets[:, 0], 0, out=index, casting="unsafe")
+            else:
+                np.argmax(targets, axis=1, out=index)
+        np.take(table, index, out=out, mode="clip")
+        if weights is not None:
+            np.multiply(out, weights, out=out)
+
+    def dropout(self, seed: int, start: int, rate: float, x: Array, out: Array) -> None:
+        for (x_part, part), scratch in self._slices(x.reshape(-1), out.reshape(-1)):
+            dropout(seed, start, rate, x_part, part, scratch)
+            start += len(part)
+
+    def input_noise(self, seed: int, start: int, sd: float, x: Array, out: Array) -> None:
+        for (x_part, part), _ in self._slices(x.reshape(-1), out.reshape(-1)):
+            np.add(x_part, sd * normals(seed, Purpose.INPUT_NOISE, start, len(part)), out=part, casting="unsafe")
+            start += len(part)
+
+    def step_factor(self, scale: float, weight: Array | None, squares: Array | None, most: float, out: Array) -> None:
+        total = 1.0 if weight is None else float(weight[0])
+        mean = 1 / total if total > 0 else 0.0
+        clip = 1.0 if squares is None else most / (math.sqrt(float(squares[0])) * scale * mean + 1e-6)
+        out[0] = mean * min(clip, 1.0)
+
+    def limit_norms(self, weights: Array, most: float) -> None:
+        for (w,), scratch in self._slices(weights):
+            limit_norm.numpy(w, most, scratch)
+
+    def average(self, parameters: Array, average: Array, rest: float) -> None:
+        for (w, mean), scratch in self._slices(parameters, average):
+            np.subtract(w, mean, out=scratch.a)
+            scratch.a *= rest
+            mean += scratch.a
 
     def update(
         self,

@@ -1,0 +1,61 @@
+"""What a training step leaves to chance beside the order of the rows: dropout, and noise on the inputs.
+
+Nothing of it is stored: which outputs are left out is a function of the seed, the step, the layer and the place of the
+row in the step, and is computed again on the way back. So it does not depend on how a step's rows are divided.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpu_bp.backends import Backend
+from gpu_bp.registry import element_of_step
+from gpu_bp.spec import Array
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Dropout and input noise.
+
+    seed: of the draws. dropout: the share of the outputs that is left out, one a hidden layer.
+    input_dropout: likewise of the inputs. input_noise: standard deviation of the normal noise added to the inputs.
+    """
+
+    seed: int
+    dropout: tuple[float, ...] = ()
+    input_dropout: float = 0.0
+    input_noise: float = 0.0
+
+    @property
+    def on_inputs(self) -> bool:
+        """Whether the inputs are not taken as they are."""
+        return self.input_dropout > 0 or self.input_noise > 0
+
+    def rate(self, layer: int) -> float:
+        """The share of a layer's outputs that is left out; the output layer keeps all."""
+        return self.dropout[layer] if layer < len(self.dropout) else 0.0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The noise of one batch: at a step, for rows from a place of the step on."""
+
+    noise: Noise
+    step: int
+    place: int
+
+    def inputs(self, backend: Backend, inputs: Array, out: Array) -> None:
+        """out = the inputs (rows, n) with noise."""
+        noise, start = self.noise, self._start(0, inputs)
+        if noise.input_noise:
+            backend.input_noise(noise.seed, start, noise.input_noise, inputs, out)
+            inputs = out
+        if noise.input_dropout:
+            backend.dropout(noise.seed, start, noise.input_dropout, inputs, out)
+
+    def outputs(self, backend: Backend, layer: int, values: Array, out: Array) -> None:
+        """out = values (rows, n) of a layer, some left out and the others scaled up; of its deltas likewise."""
+        backend.dropout(self.noise.seed, self._start(layer + 1, values), self.noise.rate(layer), values, out)
+
+    def _start(self, stage: int, values: Array) -> int:
+        return element_of_step(self.step, stage, self.place * values.shape[1])
