@@ -15,7 +15,7 @@ UpdateName = Annotated[str, Field(json_schema_extra={"enum": [*registry.UPDATES]
 
 
 class OptimizerSection(Choice):
-    """The update rule, and its parameters beside its name: {kind = "adam", learning_rate = 0.001, beta1 = 0.9}."""
+    """The update rule, and its parameters beside its name: {kind = "adam", learning_rate = 0.001, eps = 1e-7}."""
 
     model_config = ConfigDict(json_schema_extra=with_parameters_of(registry.UPDATES))
     kind: UpdateName = "sgd"

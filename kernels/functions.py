@@ -18,6 +18,11 @@ template <typename T> __device__ inline T clamp(T v, T low, T high) {
 """
 
 
+def cuda_sign(x: str) -> str:
+    """CUDA text for the sign of a variable, 0 where it is 0; a NaN stays one. Its twin is numpy.sign."""
+    return f"({x} > T(0) ? T(1) : ({x} < T(0) ? T(-1) : {x}))"
+
+
 def clamp(v: np.ndarray, low: float, high: float, out: np.ndarray) -> None:
     """`out` = v held between low and high; a NaN stays one."""
     np.maximum(v, low, out=out)

@@ -6,7 +6,7 @@ gradients of the penalties are added to it, as in PyTorch, and last the weights 
 
 import numpy as np
 
-from gpu_bp.kernels.functions import clamp
+from gpu_bp.kernels.functions import clamp, cuda_sign
 from gpu_bp.spec import Penalty, Scratch, Twin
 
 Array = np.ndarray
@@ -55,7 +55,7 @@ def _l1(w: Array, g: Array, s: Scratch, l1: float) -> None:
 l1 = Penalty(
     name="l1",
     source="Tibshirani (1996)",
-    apply=Twin("g += l1 * (w > T(0) ? T(1) : (w < T(0) ? T(-1) : w));", _l1),
+    apply=Twin(f"g += l1 * {cuda_sign('w')};", _l1),
     weights_only=True,
 )
 

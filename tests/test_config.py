@@ -79,7 +79,7 @@ def test_overrides(minimal: Path) -> None:
             "seed=7",
             'loss.kind="huber"',
             "loss.threshold=2",
-            "optimizer={kind='adam', learning_rate=1e-3, beta1=0.8}",
+            "optimizer={kind='adam', learning_rate=1e-3, betas=[0.8,0.99]}",
             "network.biases=false",
         ],
     )
@@ -89,7 +89,7 @@ def test_overrides(minimal: Path) -> None:
     assert isinstance(output, Activation)
     assert (output.name, dict(output.values)) == ("leaky_relu", {"slope": 0.2})
     assert dict(config.loss.record().values) == {"threshold": 2.0}
-    assert config.optimizer.record().values["beta1"] == 0.8
+    assert config.optimizer.record().values["betas"] == (0.8, 0.99)
     assert config.seed == 7
     assert not config.network.biases
 

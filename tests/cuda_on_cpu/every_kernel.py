@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import update_rules
 from variants import VARIANTS, program, variant
 
 from cuda_on_cpu.backend import cupy_backend_module
@@ -53,7 +54,7 @@ def every_kernel(kind: str, dtype: str) -> list[Kernel]:
                 )
         b.column_sums(v, biases)
         b.accumulate(losses, b.zeros((1,), np.float64))
-        for record in registry.UPDATES.values():
+        for record in update_rules.VARIANTS.values():
             state = [b.zeros((6,), dtype) for _ in record.state]
             parameters = {name: value for name, value in record.values.items() if name != "weight_decay"}
             scalars = record.scalars(1, 0.1, **parameters) | dict.fromkeys(registry.PENALTIES, 0.1)
