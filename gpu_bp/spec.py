@@ -196,11 +196,11 @@ class RowActivation(Record):
 class Loss(Record):
     """What free and fused losses share.
 
-    `targets` says what a target is: "real" numbers, numbers in the "unit" interval, or "classes" (integers
-    (batch,), or rows of probabilities (batch, n)).
+    `targets` says what a target is: "real" numbers, "counts" (numbers that are not negative), numbers in the "unit"
+    interval, "signs" (-1 or 1), or "classes" (integers (batch,), or rows of probabilities (batch, n)).
     """
 
-    targets: Literal["real", "unit", "classes"]
+    targets: Literal["real", "counts", "unit", "signs", "classes"]
     least_outputs: int = 1
     starts_from_net_input: ClassVar[bool] = False  # the loss computes y itself, so v must be kept
 

@@ -241,6 +241,26 @@ softplus = Activation(
 )
 
 
+# exponential: y = exp(v), the rate of a Poisson variable ---------------------------------------------------
+
+
+def _exponential_value(v: Array, y: Array, s: Scratch) -> None:
+    np.exp(v, out=y)
+
+
+def _exponential_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
+    np.multiply(e, y, out=delta)
+
+
+exponential = Activation(
+    name="exponential",
+    source="McCullagh and Nelder, Generalized Linear Models: the inverse of the log link",
+    value=Twin("y = exp(v);", _exponential_value),
+    delta=Twin("delta = e * y;", _exponential_delta),
+    derivative_from="output",
+)
+
+
 # softsign: y = v / (1 + |v|) ------------------------------------------------------------------------------
 # Beyond 1e30 the quotient rounds to 1 or -1; holding v there keeps infinity over infinity away.
 
@@ -306,6 +326,7 @@ ACTIVATIONS = (
     elu,
     selu,
     softplus,
+    exponential,
     softsign,
     silu,
     gelu,

@@ -4,6 +4,8 @@ A row's loss is the sum over its outputs. To add one: write its record here; the
 rest of the package reads.
 """
 
+import math
+
 import numpy as np
 from scipy.special import expit
 
@@ -74,6 +76,85 @@ huber = FreeLoss(
         _huber,
     ),
     kinks=lambda threshold: (-threshold, threshold),
+)
+
+
+# log cosh: log cosh r for r = y - d; near 0 like r^2 / 2, far out like |r| - log 2 -------------------------
+# Near 0 as log(1 + 2 sinh^2(r / 2)), where nothing cancels; beyond 1 without cosh, which would overflow.
+
+
+def _log_cosh(y: Array, d: Array, loss: Array, e: Array, s: Scratch) -> None:
+    np.subtract(y, d, out=e)
+    np.abs(e, out=s.a)
+    np.tanh(e, out=e)
+    np.less(s.a, 1, out=s.mask)
+    np.minimum(s.a, 1, out=s.b)
+    s.b *= 0.5
+    np.sinh(s.b, out=s.b)
+    s.b *= s.b
+    s.b *= 2
+    np.log1p(s.b, out=s.b)
+    np.multiply(s.a, -2, out=loss)
+    np.exp(loss, out=loss)
+    np.log1p(loss, out=loss)
+    s.a -= math.log(2)
+    loss += s.a
+    np.copyto(loss, s.b, where=s.mask)
+
+
+log_cosh = FreeLoss(
+    name="log_cosh",
+    source="Green (1990), as the penalty of a reconstruction",
+    targets="real",
+    error_signal=Twin(
+        "const T r = y - d; const T a = fabs(r); e = tanh(r);"
+        " if (a < T(1)) { const T h = sinh(T(0.5) * a); loss = log1p(T(2) * (h * h)); }"
+        f" else loss = (a - T({math.log(2)!r})) + log1p(exp(T(-2) * a));",
+        _log_cosh,
+    ),
+)
+
+
+# squared hinge: max(0, 1 - d y)^2, d being -1 or 1 --------------------------------------------------------
+
+
+def _squared_hinge(y: Array, d: Array, loss: Array, e: Array, s: Scratch) -> None:
+    np.multiply(d, y, out=s.a)
+    np.subtract(1, s.a, out=s.a)
+    np.maximum(s.a, 0, out=s.a)
+    np.multiply(s.a, s.a, out=loss)
+    np.multiply(d, -2, out=s.b)
+    np.multiply(s.b, s.a, out=e)
+
+
+squared_hinge = FreeLoss(
+    name="squared_hinge",
+    source="Tang (2013)",
+    targets="signs",
+    error_signal=Twin(
+        "const T r = T(1) - d * y; const T m = r < T(0) ? T(0) : r; loss = m * m; e = T(-2) * d * m;",
+        _squared_hinge,
+    ),
+    kinks=lambda: (0.0,),  # d y is 1 where y is d
+)
+
+
+# poisson: y - d v, the negative log likelihood of counts d less log d!, with y = exp(v) -------------------
+
+
+def _poisson(v: Array, d: Array, y: Array, loss: Array, delta: Array, s: Scratch) -> None:
+    np.exp(v, out=y)
+    np.multiply(d, v, out=loss)
+    np.subtract(y, loss, out=loss)
+    np.subtract(y, d, out=delta)
+
+
+poisson = FusedLoss(
+    name="poisson",
+    source="McCullagh and Nelder, Generalized Linear Models, chapter 6",
+    targets="counts",
+    output_activation="exponential",
+    delta=Twin("y = exp(v); loss = y - d * v; delta = y - d;", _poisson),
 )
 
 
@@ -166,5 +247,14 @@ if (lane == 0) *loss = row_loss;
 )
 
 
-LOSSES = (squared_error, mean_absolute_error, huber, cross_entropy, binary_cross_entropy)
+LOSSES = (
+    squared_error,
+    mean_absolute_error,
+    huber,
+    log_cosh,
+    squared_hinge,
+    poisson,
+    cross_entropy,
+    binary_cross_entropy,
+)
 ALIASES: dict[str, str] = {}

@@ -118,4 +118,8 @@ def random_targets(loss: gpu_bp.registry.Loss, rows: int, n_outputs: int, rng: n
         return rng.integers(0, n_outputs, rows)
     if loss.targets == "unit":
         return rng.uniform(0, 1, (rows, n_outputs))
+    if loss.targets == "signs":
+        return rng.choice([-1.0, 1.0], (rows, n_outputs))
+    if loss.targets == "counts":
+        return rng.poisson(2.0, (rows, n_outputs)).astype(float)
     return rng.standard_normal((rows, n_outputs))

@@ -71,6 +71,7 @@ def test_splits_are_disjoint_rows(tiny_config: Tiny) -> None:
         ("double-moon", "squared_error", "sign", [[1], [-1]]),
         ("double-moon", "binary_cross_entropy", "half", [[1], [0]]),
         ("double-moon", "cross_entropy", "argmax", [1, 0]),
+        ("double-moon", "squared_hinge", "sign", [[1], [-1]]),
         ("xor", "squared_error", "half", [[0], [1]]),
         ("xor", "binary_cross_entropy", "half", [[0], [1]]),
         ("encoder", "cross_entropy", "argmax", [[1, 0, 0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0, 0]]),
@@ -238,6 +239,18 @@ def test_table_of_classes(tiny_config: Tiny, tmp_path: Path) -> None:
     np.testing.assert_array_equal(dataset.rows("train").targets, [2, 0, 2, 1, 0, 2])
     one_hot = load_table(tiny_config, tmp_path / "t.csv", **data)
     np.testing.assert_array_equal(one_hot.rows("train").targets, np.eye(3)[[2, 0, 2, 1, 0, 2]])
+    signs = load_table(tiny_config, tmp_path / "t.csv", loss="squared_hinge", **data)
+    assert signs.task == Task("argmax", ("blue", "green", "red"))
+    np.testing.assert_array_equal(signs.rows("train").targets, 2 * np.eye(3)[[2, 0, 2, 1, 0, 2]] - 1)
+    with pytest.raises(UserError, match="poisson takes counts, the targets are 3 classes; use loss cross_entropy"):
+        load_table(tiny_config, tmp_path / "t.csv", loss="poisson", **data)
+
+
+def test_counts_are_not_standardised(tiny_config: Tiny, tmp_path: Path) -> None:
+    data = {"target_columns": ["n"], "drop_columns": [], "categorical_columns": []}
+    dataset = load_table(tiny_config, tmp_path / "t.csv", "x,n\n1,3\n2,0\n4,7\n", "poisson", **data)
+    assert dataset.task == Task("none")
+    np.testing.assert_array_equal(dataset.rows("train").targets, [[3], [0], [7]])
 
 
 def test_numeric_categories_stand_in_their_order(tiny_config: Tiny, tmp_path: Path) -> None:
@@ -370,6 +383,15 @@ X = np.ones((4, 2))
         (X, np.full((4, 3), 0.5), "cross_entropy", {}, "rows of probabilities that sum to 1, row 0"),
         (X, np.full(4, 1.5), "binary_cross_entropy", {}, "numbers from 0 to 1, row 0"),
         (X, np.array([0, 1, 2, 1]), "binary_cross_entropy", {}, "takes two classes, the data have 3"),
+        (X, np.array([3, 0, -1, 2]), "poisson", {}, "poisson takes numbers that are not negative, row 2"),
+        (X, np.array([1, -1, 0, 1]), "squared_hinge", {}, "squared_hinge takes -1 and 1, or rows of -1 with"),
+        (
+            X,
+            np.array([[1, -1], [-1, 1], [1, 1], [1, -1]]),
+            "squared_hinge",
+            {},
+            "row 2 (counting from 0) is [1",
+        ),
     ],
 )
 def test_arrays_that_are_refused(

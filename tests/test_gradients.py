@@ -21,7 +21,8 @@ def random_network(
     widths = [3, *hidden, n_outputs]
     network = Network(widths, [phi] * len(hidden) + [output], biases=biases, backend=backend, dtype="float64")
     rng = np.random.default_rng(seed)
-    network.load({name: rng.standard_normal(shape) * 0.7 for name, shape in network.layout.shapes.items()})
+    scale = 0.1 if phi == "exponential" else 0.7  # layers of exponentials soon overflow
+    network.load({name: rng.standard_normal(shape) * scale for name, shape in network.layout.shapes.items()})
     return network
 
 

@@ -39,6 +39,12 @@ def row_loss(name: str, v: list[float], d: list[float]) -> mpmath.mpf:
     if name == "huber":
         errors = [abs(a - b) for a, b in zip(x, t, strict=True)]
         return sum(r * r / 2 if r <= 1 else r - mpmath.mpf(1) / 2 for r in errors)
+    if name == "log_cosh":
+        return sum(mpmath.log(mpmath.cosh(a - b)) for a, b in zip(x, t, strict=True))
+    if name == "squared_hinge":
+        return sum(max(0, 1 - a * b) ** 2 for a, b in zip(x, t, strict=True))
+    if name == "poisson":
+        return sum(mpmath.exp(a) - b * a for a, b in zip(x, t, strict=True))
     if name == "binary_cross_entropy":
         y = [1 / (1 + mpmath.exp(-a)) for a in x]
         return -sum(b * mpmath.log(a) + (1 - b) * mpmath.log(1 - a) for a, b in zip(y, t, strict=True))
@@ -114,6 +120,25 @@ def test_huber_threshold(backend: Backend) -> None:
     _, losses, delta = value_and_delta(backend, loss, np.array([[0.25, 2.0, -2.0]]), np.zeros((1, 3)))
     np.testing.assert_allclose(losses, [[0.03125, 0.875, 0.875]])
     np.testing.assert_allclose(delta, [[0.25, 0.5, -0.5]])
+
+
+def test_log_cosh_of_small_and_large_errors(backend: Backend) -> None:
+    """r^2 / 2 near 0, |r| - log 2 far out, and nothing cancels or overflows."""
+    v = np.array([[1e-9, -1e-4, 800.0, -1e300]])
+    _, losses, delta = value_and_delta(backend, registry.loss("log_cosh"), v, np.zeros((1, 4)))
+    np.testing.assert_allclose(losses, [[5e-19, 5e-9, 800 - math.log(2), 1e300]], rtol=1e-8)
+    np.testing.assert_allclose(delta, [[1e-9, -1e-4, 1, -1]], rtol=1e-8)
+
+
+def test_squared_hinge_and_poisson_by_hand(backend: Backend) -> None:
+    """max(0, 1 - d y)^2 right by far, right by little, wrong; exp(v) - d v at v = log 3, d = 2."""
+    v, d = np.array([[2.0, 0.5, -1.0]]), np.array([[1.0, 1.0, 1.0]])
+    _, losses, delta = value_and_delta(backend, registry.loss("squared_hinge"), v, d)
+    np.testing.assert_array_equal(losses, [[0, 0.25, 4]])
+    np.testing.assert_array_equal(delta, [[0, -1, -4]])
+    v, d = np.array([[math.log(3)]]), np.array([[2.0]])
+    output, losses, delta = value_and_delta(backend, registry.loss("poisson"), v, d)
+    np.testing.assert_allclose([output[0, 0], losses[0, 0], delta[0, 0]], [3, 3 - 2 * math.log(3), 1], rtol=1e-15)
 
 
 def test_a_single_output_is_refused() -> None:

@@ -166,11 +166,11 @@ def _from_files(
 
 
 def _arrays(data: ArrayData, loss: Loss, preparation: Preparation | None) -> ArrayReader:
-    """A pair of .npy files; a vector of integers is taken as classes unless the loss is one of real numbers."""
+    """A pair of .npy files; a vector of integers is taken as classes unless the loss takes numbers outside [0, 1]."""
     inputs, targets = NpyFile(Path(data.inputs), "data.inputs"), NpyFile(Path(data.targets), "data.targets")
     if len(inputs) != len(targets):
         raise UserError(f"data.inputs has {len(inputs)} rows and data.targets has {len(targets)}; they must be equal")
-    if len(targets.shape) == 2 or targets.dtype.kind not in "iu" or loss.targets == "real":
+    if len(targets.shape) == 2 or targets.dtype.kind not in "iu" or loss.targets in ("real", "counts", "signs"):
         return ArrayReader(inputs, targets)
     if preparation:
         return ArrayReader(inputs, targets, len(preparation.task.classes))

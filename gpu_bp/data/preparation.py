@@ -162,12 +162,14 @@ class Coding:
     n_targets: int
     indexed: bool = False
     labels: bool = False  # what is wanted are class labels
+    signs: bool = False  # which become -1 and 1, not 0 and 1
 
     def code(self, wanted: Any, column: Any) -> Any:
         """Targets from labels (rows, 1) and `column` (1, n); targets stay what they are. Of symbols too."""
-        if not self.labels or self.indexed or self.task.decision == "half":
+        if not self.labels or self.indexed:
             return wanted
-        return 2.0 * wanted - 1.0 if self.task.decision == "sign" else wanted == column
+        member = wanted == column if self.task.decision == "argmax" else wanted
+        return 2.0 * member - 1.0 if self.signs else member
 
     @property
     def width(self) -> int:
@@ -178,8 +180,8 @@ class Coding:
 def code_labels(classes: tuple[str, ...], loss: Loss) -> Coding:
     """The coding of class labels: class indices for a loss of classes.
 
-    For a loss of numbers in [0, 1], two classes become 0 and 1; for one of real numbers -1 and 1, and more than two
-    one-hot rows.
+    For a loss of numbers in [0, 1], two classes become 0 and 1; for one of real numbers or signs -1 and 1, and more
+    than two one-hot rows, which for signs are of -1 and 1.
     """
     if len(classes) < 2:
         raise UserError(f"the training rows have the single class {classes[0]!r}; a classification needs two or more")
@@ -190,28 +192,51 @@ def code_labels(classes: tuple[str, ...], loss: Loss) -> Coding:
         if not two:
             raise UserError(f"{loss.name} takes two classes, the data have {len(classes)}; use loss cross_entropy")
         return Coding(Task("half", classes), 1, labels=True)
+    if loss.targets == "counts":
+        raise UserError(f"{loss.name} takes counts, the targets are {len(classes)} classes; use loss cross_entropy")
     if two:
-        return Coding(Task("sign", classes), 1, labels=True)
-    return Coding(Task("argmax", classes), len(classes), labels=True)
+        return Coding(Task("sign", classes), 1, labels=True, signs=True)
+    return Coding(Task("argmax", classes), len(classes), labels=True, signs=loss.targets == "signs")
 
 
 def code_targets(n_targets: int, binary: bool, loss: Loss) -> Coding:
     """The coding of targets that are numbers, which keeps them; `binary`: they are 0 and 1."""
     if loss.targets == "real":
         return Coding(Task("half" if binary else "none"), n_targets)
+    if loss.targets == "counts":
+        return Coding(Task("none"), n_targets)
+    if loss.targets == "signs":
+        return Coding(Task("sign" if n_targets == 1 else "argmax"), n_targets)
     return Coding(Task("half" if loss.targets == "unit" else "argmax"), n_targets)
+
+
+# The targets of a loss, in words.
+WANTED = {
+    "counts": "numbers that are not negative",
+    "signs": "-1 and 1, or rows of -1 with a single 1",
+    "unit": "numbers from 0 to 1",
+    "classes": "classes, or rows of probabilities that sum to 1",
+}
 
 
 def check_targets(targets: np.ndarray, loss: Loss, where: str, first: int) -> None:
     """Raises UserError where targets (rows, n) do not fit the loss (which row; `first` is the first one's number)."""
     if loss.targets == "real":
         return
-    outside = (targets < 0) | (targets > 1)
-    if loss.targets == "classes" and targets.shape[1] > 1:
-        outside |= np.abs(targets.sum(axis=1, keepdims=True) - 1) > 1e-6
+    several = targets.shape[1] > 1
+    if loss.targets == "counts":
+        outside = targets < 0
+    elif loss.targets == "signs":
+        outside = np.abs(targets) != 1
+        if several:
+            outside |= (targets == 1).sum(axis=1, keepdims=True) != 1
+    else:
+        outside = (targets < 0) | (targets > 1)
+        if loss.targets == "classes" and several:
+            outside |= np.abs(targets.sum(axis=1, keepdims=True) - 1) > 1e-6
     if outside.any():
         row = int(np.argwhere(outside)[0][0])
-        wanted = "numbers from 0 to 1" if loss.targets == "unit" else "classes, or rows of probabilities that sum to 1"
+        wanted = WANTED[loss.targets]
         raise UserError(
             f"{where}: the targets do not fit the loss: {loss.name} takes {wanted}, row {first + row} (counting from "
             f"0) is {targets[row].tolist()}; for regression use squared_error, and of a table name a column of classes "

@@ -47,6 +47,7 @@ VALUES: dict[str, Callable[..., Number]] = {
     "elu": lambda v, alpha: alpha * mpmath.expm1(v) if v < 0 else v,
     "selu": lambda v: SELU_SCALE * (SELU_ALPHA * mpmath.expm1(v) if v < 0 else v),
     "softplus": lambda v: mpmath.log1p(mpmath.exp(v)) if v < 1000 else v,
+    "exponential": mpmath.exp,
     "softsign": lambda v: v / (1 + abs(v)),
     "silu": lambda v: v * _logistic(v),
     "gelu": lambda v: v * mpmath.erfc(-v / mpmath.sqrt(2)) / 2 if abs(v) < 1000 else max(v, mpmath.mpf(0)),
@@ -65,6 +66,7 @@ DERIVATIVES: dict[str, Callable[..., Number]] = {
     "elu": lambda y, alpha: y + alpha if y <= 0 else mpmath.mpf(1),
     "selu": lambda y: y + SELU_SCALE * SELU_ALPHA if y <= 0 else SELU_SCALE,
     "softplus": lambda y: -mpmath.expm1(-y),
+    "exponential": lambda y: y,
     "softsign": lambda y: (1 - abs(y)) ** 2,
     "silu": lambda v: _logistic(v) + v * _logistic(v) * (1 - _logistic(v)),
     "gelu": lambda v: mpmath.erfc(-v / mpmath.sqrt(2)) / 2 + v * mpmath.npdf(v) if abs(v) < 1000 else mpmath.mpf(v > 0),
@@ -83,6 +85,7 @@ VALUE_LIMITS: dict[str, Callable[..., tuple[float, float]]] = {
     "elu": lambda alpha: (-alpha, np.inf),
     "selu": lambda: (-float(SELU_SCALE * SELU_ALPHA), np.inf),
     "softplus": lambda: (0, np.inf),
+    "exponential": lambda: (0, np.inf),
     "softsign": lambda: (-1, 1),
     "silu": lambda: (0, np.inf),
     "gelu": lambda: (0, np.inf),
@@ -112,17 +115,29 @@ def derivative_and_condition(name: str, xs: np.ndarray, **parameters: Number) ->
     return values.reshape(xs.shape), condition.reshape(xs.shape) + slack
 
 
+def _log_cosh(r: Number) -> tuple[Number, Number]:
+    far = abs(r) > 1000
+    return abs(r) - mpmath.log(2) if far else mpmath.log(mpmath.cosh(r)), mpmath.sign(r) if far else mpmath.tanh(r)
+
+
+def _squared_hinge(y: Number, d: Number) -> tuple[Number, Number]:
+    margin = max(1 - d * y, mpmath.mpf(0))
+    return margin**2, -2 * d * margin
+
+
 def _huber(r: Number, threshold: Number) -> tuple[Number, Number]:
     if abs(r) <= threshold:
         return r**2 / 2, r
     return threshold * (abs(r) - threshold / 2), threshold * mpmath.sign(r)
 
 
-# The value and dE/dy of a free loss in r = y - d.
+# The value and dE/dy of a free loss in y and d.
 LOSSES: dict[str, Callable[..., tuple[Number, Number]]] = {
-    "squared_error": lambda r: (r**2 / 2, r),
-    "mean_absolute_error": lambda r: (abs(r), mpmath.sign(r)),
-    "huber": _huber,
+    "squared_error": lambda y, d: ((y - d) ** 2 / 2, y - d),
+    "mean_absolute_error": lambda y, d: (abs(y - d), mpmath.sign(y - d)),
+    "huber": lambda y, d, threshold: _huber(y - d, threshold),
+    "log_cosh": lambda y, d: _log_cosh(y - d),
+    "squared_hinge": _squared_hinge,
 }
 
 

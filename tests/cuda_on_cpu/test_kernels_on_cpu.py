@@ -70,7 +70,7 @@ def test_every_record_has_both_formulas_and_a_reference() -> None:
     from_net_input = {name for name, r in ACTIVATIONS.items() if r.derivative_from == "net_input"}
     assert set(references.DERIVATIVE_LIMITS) == from_net_input
     fused = {r.name for r in registry.LOSSES.values() if isinstance(r, FusedLoss)}
-    assert fused == {"binary_cross_entropy", "cross_entropy"}, "a fused loss needs a test of its own here"
+    assert fused == {"binary_cross_entropy", "cross_entropy", "poisson"}, "a fused loss needs a test of its own here"
     rows = {r.name for r in registry.ACTIVATIONS.values() if isinstance(r, RowActivation)}
     assert rows == {"softmax"}, "a row activation needs a test of its own in test_other_kernels_on_cpu.py"
 
@@ -195,6 +195,8 @@ def test_free_loss(name: str, activation: str, dtype: str) -> None:
     y = activate(NumpyBackend(), phi, v, None)[1]
     d = np.where(np.random.default_rng(3).random(v.shape) < 0.1, y, samples.like(v, 4))  # some exact hits
     d.reshape(-1)[:40] = samples.numbers(dtype).reshape(-1)[-40:]
+    if FREE_LOSSES[name].targets == "signs":
+        d = np.where(np.random.default_rng(4).random(v.shape) < 0.5, -1, 1).astype(dtype)
     x = y if phi.derivative_from == "output" else v
     slopes = {k: mpmath.mpf(p) for k, p in samples.rounded(phi, dtype).items()}
     derivative, derivative_condition = references.derivative_and_condition(activation, x.reshape(-1), **slopes)
@@ -204,7 +206,7 @@ def test_free_loss(name: str, activation: str, dtype: str) -> None:
         got = output_delta(backend(), loss, phi, v, y, d)
         twin = output_delta(NumpyBackend(), loss, phi, v, y, d)
         pairs = zip(y.reshape(-1)[finite], d.reshape(-1)[finite], strict=True)
-        both = [references.LOSSES[name](mpmath.mpf(float(a)) - mpmath.mpf(float(b)), **parameters) for a, b in pairs]
+        both = [references.LOSSES[name](mpmath.mpf(float(a)), mpmath.mpf(float(b)), **parameters) for a, b in pairs]
         value, e = (np.array([references.long_double(x) for x in column]) for column in zip(*both, strict=True))
         for result in (got, twin):
             assert_near(result[0].reshape(-1)[finite], value, value)
@@ -238,6 +240,27 @@ def check_binary_cross_entropy(loss: Loss, dtype: str) -> None:
         assert_near(losses, value[finite], value[finite])
         assert_near(output, y[finite], condition[finite])
         assert_near(delta, (y - flat)[finite], (condition + flat)[finite])
+    for kernel, numpy in zip(got, twin, strict=True):
+        assert_same_kind(kernel, numpy)
+
+
+@dtypes
+def test_poisson(dtype: str) -> None:
+    """exp(v) - d v, and exp(v) - d. At an infinite v, twin and kernel agree."""
+    loss, phi = registry.loss("poisson"), registry.activation("exponential")
+    v = samples.numbers(dtype)
+    d = np.random.default_rng(5).poisson(2.0, v.shape).astype(dtype)
+    nan = np.full_like(v, np.nan)
+    got, twin = (output_delta(b, loss, phi, v, nan, d) for b in (backend(), NumpyBackend()))
+    y, condition = evaluate(references.VALUES["exponential"], v.reshape(-1))
+    finite = np.isfinite(v).reshape(-1) & (y < np.finfo(dtype).max)
+    y, condition = y[finite], condition[finite]
+    net_input, target = (a.reshape(-1)[finite].astype(np.longdouble) for a in (v, d))
+    for result in (got, twin):
+        losses, delta, output = (a.reshape(-1)[finite] for a in result)
+        assert_near(losses, y - target * net_input, condition + np.abs(target * net_input))
+        assert_near(output, y, condition)
+        assert_near(delta, y - target, condition + target)
     for kernel, numpy in zip(got, twin, strict=True):
         assert_same_kind(kernel, numpy)
 
