@@ -103,7 +103,7 @@ def _adam_variant(amsgrad: bool, **_: object) -> tuple[tuple[str, ...], Twin]:
     return (("mean", "square", "largest"), _AMSGRAD) if amsgrad else (("mean", "square"), _ADAM)
 
 
-_ADAM_PARAMETERS = {"betas": BETAS, "eps": EPS, "amsgrad": Flag()}
+_ADAM_PARAMETERS: dict[str, Parameter | Flag | Numbers] = {"betas": BETAS, "eps": EPS, "amsgrad": Flag()}
 _ADAM_SCALARS = (*_MOMENTS, "step_size", "root", "eps")
 
 adam = Update(

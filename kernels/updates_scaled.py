@@ -1,5 +1,7 @@
 """Optimizers that divide the gradient by the root of its squares: their sum, or their running mean."""
 
+from typing import Any
+
 import numpy as np
 
 from gpu_bp.spec import Flag, Parameter, Scratch, Twin, Update
@@ -95,7 +97,7 @@ adadelta = Update(
 def _rmsprop(centered: bool, momentum: float, **_: object) -> tuple[tuple[str, ...], Twin]:
     """The state and the formula with or without the two options."""
 
-    def update(w: Array, g: Array, square: Array, *others_and_scratch: Array | Scratch, **scalars: float) -> None:
+    def update(w: Array, g: Array, square: Array, *others_and_scratch: Any, **scalars: float) -> None:
         *others, s = others_and_scratch
         _rmsprop_step(w, g, square, others[0] if centered else None, others[-1] if momentum else None, s, **scalars)
 

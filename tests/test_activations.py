@@ -76,7 +76,7 @@ def value_and_derivative(backend: Backend, record: Activation, v: np.ndarray) ->
     net_input, output = backend.to_device(v[:, None]), backend.to_device(np.full_like(v, np.nan)[:, None])
     backend.activate(record, net_input, None, output)
     delta = backend.to_device(np.ones_like(v)[:, None])
-    backend.hidden_delta(record, delta, net_input, output)
+    backend.hidden_delta(record, delta, net_input, output, delta)
     return backend.to_host(output)[:, 0], backend.to_host(delta)[:, 0]
 
 

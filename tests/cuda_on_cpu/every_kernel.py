@@ -35,7 +35,7 @@ def every_kernel(kind: str, dtype: str) -> list[Kernel]:
         for phi in activations:
             b.activate(phi, v, None, y)
             b.activate(phi, v, biases, y)
-            b.hidden_delta(phi, delta, v, y)
+            b.hidden_delta(phi, delta, v, y, delta)
     elif kind == "free losses":
         for loss in registry.LOSSES.values():
             for phi in activations if isinstance(loss, FreeLoss) else []:
@@ -54,6 +54,8 @@ def every_kernel(kind: str, dtype: str) -> list[Kernel]:
                 )
         b.column_sums(v, biases)
         b.accumulate(losses, b.zeros((1,), np.float64))
+        b.accumulate(losses, b.zeros((1,), np.float64), squares=True)
+        of_a_step(b, v, y, losses, delta, biases, classes)
         for record in update_rules.VARIANTS.values():
             state = [b.zeros((6,), dtype) for _ in record.state]
             parameters = {name: value for name, value in record.values.items() if name != "weight_decay"}
@@ -72,6 +74,29 @@ def every_kernel(kind: str, dtype: str) -> list[Kernel]:
         for k in range(len(VARIANTS[kind])):
             generate(b, variant(kind, k), dtype)
     return list({kernel.text: kernel for kernel in cupy.device.kernels}.values())
+
+
+def of_a_step(b: Any, v: Any, y: Any, losses: Any, delta: Any, gains: Any, classes: Any) -> None:
+    """What only some trainings use."""
+    dtype = v.dtype
+    scale, weights, factor = b.zeros((2, 1), dtype), b.zeros((2,), dtype), b.zeros((1,), dtype)
+    total = b.zeros((1,), np.float64)
+    b.add(v, y, y)
+    for biases in (None, gains):
+        b.normalise(v, gains, biases, scale, y)
+    b.normalise_delta(delta, v, scale, gains)
+    b.column_dots(v, y, b.zeros((3,), dtype))
+    b.weigh(weights, losses, delta)
+    for targets in (classes, v):
+        for own in (None, b.zeros((2,), dtype)):
+            b.class_weights(targets, gains, own, weights)
+    b.dropout(0, 5, 0.5, v, v)
+    b.input_noise(0, 5, 0.5, v, y)
+    for weight in (None, total):
+        for squares in (None, total):
+            b.step_factor(1.0, weight, squares, 1.0, factor)
+    b.limit_norms(v, 1.0)
+    b.average(v, y, 0.5)
 
 
 def generate(b: Any, made: Set, dtype: str) -> None:

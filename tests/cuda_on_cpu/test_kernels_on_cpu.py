@@ -89,7 +89,7 @@ def activate(b: Any, record: Activation, v: np.ndarray, biases: np.ndarray | Non
 def hidden_delta(b: Any, record: Activation, e: np.ndarray, x: np.ndarray) -> np.ndarray:
     delta, array, nothing = b.to_device(e), b.to_device(x), b.to_device(np.full_like(x, np.nan))
     from_output = record.derivative_from == "output"
-    b.hidden_delta(record, delta, nothing if from_output else array, array if from_output else nothing)
+    b.hidden_delta(record, delta, nothing if from_output else array, array if from_output else nothing, delta)
     host: np.ndarray = b.to_host(delta)
     return host
 

@@ -162,7 +162,7 @@ def test_host_arrays() -> None:
         lambda: b.activate(tanh, host, None, device),
         lambda: b.activate(tanh, device, None, host),
         lambda: b.activate(registry.activation("softmax"), device, None, host),
-        lambda: b.hidden_delta(tanh, device, device, host),
+        lambda: b.hidden_delta(tanh, device, device, host, device),
         lambda: b.matmul(host, device, device),
         lambda: b.gather(device, np.arange(3), device),
         lambda: device.__setitem__(..., host),
