@@ -142,10 +142,10 @@ class NumpyBackend:
 
     def weigh(self, weights: Array, losses: Array, delta: Array) -> None:
         for x in (losses, delta):
-            for (w, part), scratch in self._slices(weights[:, None], x):
-                np.multiply(part, w, out=part)
+            for (part, w), scratch in self._slices(x, weights[:, None]):
                 np.equal(w, 0, out=scratch.mask)
                 np.copyto(part, 0, where=scratch.mask)
+                np.multiply(part, w, out=part)
 
     def class_weights(self, targets: Array, table: Array, weights: Array | None, out: Array) -> None:
         index = targets
