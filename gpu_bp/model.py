@@ -39,6 +39,8 @@ class Model:
             "widths": network.widths,
             "activations": [{"kind": layer.activation.name, **layer.activation.values} for layer in network.layers],
             "biases": network.biases,
+            "normalise": network.normalise,
+            "residual": network.residual,
             "dtype": network.dtype.name,
             "preparation": self.preparation.to_json(),
         }
@@ -64,6 +66,8 @@ class Model:
                 description["widths"],
                 [_activation(**choice) for choice in description["activations"]],
                 biases=description["biases"],
+                normalise=description.get("normalise", False),  # older files have neither
+                residual=description.get("residual", False),
                 backend=backend,
                 dtype=description["dtype"],
             )

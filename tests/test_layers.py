@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import random_targets
 
-from gpu_bp import Batch, Network, Objective, UserError, check_gradients, registry
+from gpu_bp import Batch, Model, Network, Objective, Task, UserError, check_gradients, registry
 from gpu_bp.backends import Backend
+from gpu_bp.data.preparation import Preparation
 from gpu_bp.gradcheck import TOLERANCE
 from gpu_bp.noise import Noise
 from gpu_bp.registry import Purpose, element_of_step, normals, uniforms
@@ -135,6 +137,14 @@ def test_prediction_leaves_nothing_out(backend: Backend) -> None:
     predicted = network.predict(inputs, batch_rows=4)
     assert not np.allclose(backend.to_host(signals[-1].output), predicted)
     np.testing.assert_allclose(backend.to_host(forward(network, inputs)[-1].output), predicted, rtol=1e-13)
+
+
+def test_a_saved_network_is_the_same(backend: Backend, tmp_path: Path) -> None:
+    network = network_of(backend, {"normalise": True, "residual": True})
+    Model(network, Preparation(Task("none"), None, (0.0,) * 4, (1.0,) * 4)).save(tmp_path / "model.safetensors")
+    loaded = Model.load(tmp_path / "model.safetensors", backend).network
+    inputs = np.random.default_rng(5).standard_normal((6, 4))
+    np.testing.assert_array_equal(loaded.predict(inputs), network.predict(inputs))
 
 
 def test_a_single_unit_is_not_normalised() -> None:
