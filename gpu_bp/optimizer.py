@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from gpu_bp import registry
-from gpu_bp.errors import UserError
+from gpu_bp.errors import UserError, unknown
 from gpu_bp.network import Network
 from gpu_bp.schedule import Schedule
 from gpu_bp.spec import Array, Update
@@ -18,6 +19,9 @@ class Optimizer:
         record: the update rule. schedule: the learning rate of each step.
         penalties: numbers by the names of `registry.PENALTIES`, such as {"l2": 1e-4}; a zero is as good as none.
         biases: whether penalties of the weights act on biases and gains too.
+
+    Raises:
+        UserError: a penalty that is unknown or negative, or weight_decay beside a record that has its own.
 
     Attributes:
         steps: how many were taken. state: the record's state arrays, each as long as the parameters.
@@ -32,6 +36,11 @@ class Optimizer:
         penalties: Mapping[str, float] | None = None,
         biases: bool = False,
     ) -> None:
+        for name, number in (penalties or {}).items():
+            if name not in registry.PENALTIES:
+                raise unknown("penalty", name, registry.PENALTIES)
+            if not 0 <= number < math.inf:
+                raise UserError(f"penalty {name} must be a number of 0 or more, not {number}")
         numbers = {name: number for name, number in (penalties or {}).items() if number}
         parameters = dict(record.values)
         if own := parameters.pop("weight_decay", 0.0):

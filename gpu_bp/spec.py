@@ -103,18 +103,20 @@ class Flag:
 class Numbers:
     """Several numbers that a record takes, each in an interval: `count` of them, or as many as one likes.
 
-    `rising`: each must be larger than the one before.
+    `interval`: one for all, or of `count` numbers a tuple of one each. `rising`: each must be larger than the one
+    before.
     """
 
     default: tuple[float, ...]
-    interval: str = "(-inf, inf)"
+    interval: str | tuple[str, ...] = "(-inf, inf)"
     count: int | None = None
     rising: bool = False
 
     @property
     def wanted(self) -> str:
         count = f"{self.count} numbers" if self.count else "a number, or a list of numbers,"
-        return f"{count} in {self.interval}{', each larger than the one before' if self.rising else ''}"
+        interval = self.interval if isinstance(self.interval, str) else " and ".join(self.interval)
+        return f"{count} in {interval}{', each larger than the one before' if self.rising else ''}"
 
     def schema(self) -> dict[str, Any]:
         items = {"type": "array", "items": {"type": "number"}, "minItems": self.count or 1}
@@ -123,8 +125,10 @@ class Numbers:
 
     def read(self, value: object) -> Value | None:
         numbers = tuple(value) if isinstance(value, list | tuple) else (value,)
-        each = Parameter(0.0, self.interval)
-        if not numbers or len(numbers) != (self.count or len(numbers)) or not all(number in each for number in numbers):
+        if not numbers or len(numbers) != (self.count or len(numbers)):
+            return None
+        intervals = (self.interval,) * len(numbers) if isinstance(self.interval, str) else self.interval
+        if not all(number in Parameter(0.0, each) for number, each in zip(numbers, intervals, strict=True)):
             return None
         if self.rising and any(after <= before for before, after in itertools.pairwise(numbers)):
             return None

@@ -1,6 +1,5 @@
 """Optimizers of the family of Adam: running means of the gradient and of its square, corrected for starting at 0."""
 
-import functools
 import math
 
 import numpy as np
@@ -13,18 +12,23 @@ BETAS = Numbers((0.9, 0.999), "[0, 1)", count=2)
 EPS = Parameter(1e-8, "[1e-30, inf)")  # less may be 0 in float32, and 0 / 0 where there is no gradient
 
 
-def _moments(g: Array, mean: Array, square: Array, s: Scratch, rest1: float, beta2: float, rest2: float) -> None:
+def _mean(g: Array, mean: Array, s: Scratch, rest1: float) -> None:
     np.subtract(g, mean, out=s.b)
     s.b *= rest1
     mean += s.b
+
+
+def _moments(g: Array, mean: Array, square: Array, s: Scratch, rest1: float, beta2: float, rest2: float) -> None:
+    _mean(g, mean, s, rest1)
     np.multiply(g, g, out=s.b)
     s.b *= rest2
     square *= beta2
     square += s.b
 
 
-_MOMENTS_CUDA = """
-mean += rest1 * (g - mean);
+_MEAN_CUDA = "mean += rest1 * (g - mean);"
+_MOMENTS_CUDA = f"""
+{_MEAN_CUDA}
 square = beta2 * square + rest2 * (g * g);
 """
 _MOMENTS = ("rest1", "beta2", "rest2")
@@ -133,9 +137,7 @@ adamw = Update(
 def _adamax(
     w: Array, g: Array, mean: Array, norm: Array, s: Scratch, rest1: float, beta2: float, step_size: float, eps: float
 ) -> None:
-    np.subtract(g, mean, out=s.b)
-    s.b *= rest1
-    mean += s.b
+    _mean(g, mean, s, rest1)
     np.absolute(g, out=g)
     g += eps
     norm *= beta2
@@ -158,8 +160,8 @@ adamax = Update(
         "eps": eps,
     },
     update=Twin(
-        """
-        mean += rest1 * (g - mean);
+        f"""
+        {_MEAN_CUDA}
         const T size = fabs(g) + eps;
         norm *= beta2;
         norm = norm >= size || norm != norm ? norm : size;  // a NaN stays one
@@ -200,17 +202,21 @@ def _nadam_momentum(step: int, beta1: float, momentum_decay: float) -> float:
     return float(beta1 * (1 - 0.5 * 0.96 ** (step * momentum_decay)))
 
 
-@functools.cache
-def _products(beta1: float, momentum_decay: float) -> list[float]:
-    return [1.0]
+# The last step that was asked for, and its product: replaced whole, so that threads cannot spoil it for each other.
+_PRODUCTS: dict[tuple[float, float], tuple[int, float]] = {}
 
 
 def _nadam_product(step: int, beta1: float, momentum_decay: float) -> float:
-    """The product of the momenta of steps 1 to `step`; each is computed once, and none once 1 - product is 1."""
-    products = _products(beta1, momentum_decay)
-    while len(products) <= step and products[-1] > 2**-60:
-        products.append(products[-1] * _nadam_momentum(len(products), beta1, momentum_decay))
-    return products[min(step, len(products) - 1)]
+    """The product of the momenta of steps 1 to `step`: after the step before one factor more, else all of them."""
+    last, product = _PRODUCTS.get((beta1, momentum_decay), (0, 1.0))
+    if last > step:
+        last, product = 0, 1.0
+    for k in range(last + 1, step + 1):
+        if product <= 2**-60:  # 1 - product is 1 from here on
+            break
+        product *= _nadam_momentum(k, beta1, momentum_decay)
+    _PRODUCTS[beta1, momentum_decay] = step, product
+    return product
 
 
 def _nadam_scalars(

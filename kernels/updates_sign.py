@@ -97,7 +97,7 @@ rprop = Update(
     name="rprop",
     source="Riedmiller and Braun (1993), as iRprop- of Igel and Huesken (2000)",
     parameters={
-        "etas": Numbers((0.5, 1.2), "(0, inf)", count=2, rising=True),
+        "etas": Numbers((0.5, 1.2), ("(0, 1)", "(1, inf)"), count=2),
         "step_sizes": Numbers((1e-6, 50.0), "(0, inf)", count=2, rising=True),
     },
     state=("sign", "size"),

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from update_rules import RULES, VARIANTS
+from update_rules import PARAMETERS, RULES, VARIANTS
 
 from gpu_bp import Network, Optimizer, registry
 from gpu_bp.backends import Backend
 from gpu_bp.spec import Update
 
 RATE, STEPS = 0.05, 25
-# Parameters that are not the defaults, for the records that have any.
-PARAMETERS: dict[str, dict[str, Any]] = {
-    "sgd": {},
-    "momentum": {"momentum": 0.8},
-    "nesterov": {"momentum": 0.8},
-    "adagrad": {"lr_decay": 0.1, "initial_accumulator_value": 0.2, "eps": 1e-6},
-    "adadelta": {"rho": 0.8, "eps": 1e-4},
-    "rmsprop": {"alpha": 0.8, "eps": 1e-3},
-    "adam": {"betas": (0.85, 0.97), "eps": 1e-6},
-    "adamw": {"betas": (0.85, 0.97), "eps": 1e-6, "weight_decay": 0.1},
-    "adamax": {"betas": (0.85, 0.97), "eps": 1e-6},
-    "nadam": {"betas": (0.85, 0.97), "eps": 1e-6, "momentum_decay": 0.5},
-    "radam": {"betas": (0.85, 0.97), "eps": 1e-6},
-    "lion": {"betas": (0.85, 0.97), "weight_decay": 0.1},
-    "rprop": {"etas": (0.4, 1.3), "step_sizes": (0.02, 0.2)},
-}
 
 
 def rate_at(step: int) -> float:
@@ -116,6 +101,52 @@ def test_nadam_scalars_do_not_depend_on_the_steps_before() -> None:
     assert record.scalars(3, 0.1, **record.values) == late
     momenta = [0.9 * (1 - 0.5 * 0.96 ** (3 * k)) for k in range(1, 5)]
     assert late["own"] == pytest.approx(0.1 * (1 - momenta[2]) / (1 - math.prod(momenta[:3])), rel=1e-14)
+
+
+def test_nadams_products_in_any_order_of_steps() -> None:
+    """One training after another, resumed, and two at once: always the product of all momenta so far."""
+
+    def momentum(step: int, decay: float) -> float:
+        return 0.9 * (1 - 0.5 * 0.96 ** (decay * step))
+
+    def product(step: int, decay: float = 0.5) -> float:
+        record = registry.update("nadam", momentum_decay=decay)
+        own = record.scalars(step, 1.0, **record.values)["own"]  # (1 - momentum) / (1 - product)
+        return 1 - (1 - momentum(step, decay)) / own
+
+    momenta = [momentum(step, 0.5) for step in range(1, 2001)]
+    for step in (1, 2, 3, 40, 41, 7, 8, 2000, 1, 300):
+        assert product(step) == pytest.approx(math.prod(momenta[:step]), rel=1e-9, abs=1e-12)
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for decay in np.linspace(0.1, 1, 50):
+                for products in pool.map(lambda _, d=decay: [product(k, d) for k in range(1, 60)], range(4)):
+                    exact = np.cumprod([momentum(step, decay) for step in range(1, 60)])
+                    np.testing.assert_allclose(products, exact, rtol=1e-9, atol=1e-12)
+    finally:
+        sys.setswitchinterval(switching)
+
+
+@pytest.mark.parametrize(
+    ("penalties", "message"),
+    [
+        ({"L2": 0.1}, "unknown penalty 'L2'"),
+        ({"l1": -0.1}, "l1 must be a number of 0 or more, not -0.1"),
+        ({"weight_decay": 0.1}, "adamw has a weight_decay of its own"),
+    ],
+)
+def test_penalties_that_are_refused(penalties: dict[str, float], message: str) -> None:
+    network = Network([2, 1], ["identity"])
+    with pytest.raises(registry.UserError, match=message):
+        Optimizer(registry.update("adamw"), network, rate_at, penalties=penalties)
+
+
+@pytest.mark.parametrize("etas", [(0.5, 0.9), (1.1, 1.2), (1.0, 1.2), (0.5,), 0.5])
+def test_rprop_slows_down_and_speeds_up(etas: object) -> None:
+    with pytest.raises(registry.UserError, match=r"etas of rprop must be 2 numbers in \(0, 1\) and \(1, inf\)"):
+        registry.update("rprop", etas=etas)
 
 
 def test_momentum_without_momentum_is_sgd(backend: Backend) -> None:

@@ -123,6 +123,23 @@ def _rprop(w: Any, g: Any, sign: Any, size: Any, step: int, rate: float, p: Any)
     return w - sign * size, sign, size
 
 
+# Parameters that are not the defaults, for the records that have any.
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "momentum": {"momentum": 0.8},
+    "nesterov": {"momentum": 0.8},
+    "adagrad": {"lr_decay": 0.1, "initial_accumulator_value": 0.2, "eps": 1e-6},
+    "adadelta": {"rho": 0.8, "eps": 1e-4},
+    "rmsprop": {"alpha": 0.8, "eps": 1e-3},
+    "adam": {"betas": (0.85, 0.97), "eps": 1e-6},
+    "adamw": {"betas": (0.85, 0.97), "eps": 1e-6, "weight_decay": 0.1},
+    "adamax": {"betas": (0.85, 0.97), "eps": 1e-6},
+    "nadam": {"betas": (0.85, 0.97), "eps": 1e-6, "momentum_decay": 0.5},
+    "radam": {"betas": (0.85, 0.97), "eps": 1e-6},
+    "lion": {"betas": (0.85, 0.97), "weight_decay": 0.1},
+    "rprop": {"etas": (0.4, 1.3), "step_sizes": (0.02, 0.2)},
+}
+
 # (w, g, *state, step, rate, parameters) -> new (w, *state); `decay` of the parameters is weight_decay where it acts
 RULES: dict[str, Any] = {
     "sgd": _sgd,
