@@ -127,7 +127,15 @@ class Trainer:
         )
         if train.stop_at_errors is not None and dataset.task.kind == "regression":
             raise UserError("train.stop_at_errors needs a classification, and this is a regression; leave it out")
-        optimizer = Optimizer(config.optimizer.record(), network, _schedule(config, self.total_steps))
+        record, n_rows = config.optimizer.record(), sources["train"].n_rows
+        if record.full_batch and (self._batches.size < n_rows or train.sampling == "replacement"):
+            raise UserError(
+                f"{record.name} needs the gradient of all rows at each step: set train.batch_size = {n_rows} or more, "
+                "and train.sampling to shuffled or ordered"
+            )
+        if record.full_batch and config.schedule.kind != "constant":
+            raise UserError(f"{record.name} changes its step sizes itself; leave schedule out")
+        optimizer = Optimizer(record, network, _schedule(config, self.total_steps))
         self._step = Step(Objective(network, loss, self._batches.size), optimizer)
         self.steps = self.rows = 0
         self.seconds = 0.0

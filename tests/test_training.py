@@ -304,3 +304,20 @@ def test_a_loss_that_needs_more_outputs(tiny_config: Tiny) -> None:
     config = {**tiny_config(loss={"kind": "cross_entropy"}), "data": {"kind": "xor"}}
     with pytest.raises(UserError, match=r"loss\.kind: cross_entropy needs at least 2 outputs, the targets give 1"):
         train(config, backend="numpy")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"batch_size": 49}}, "train.batch_size = 50 or more"),
+        ({"train": {"batch_size": 50, "sampling": "replacement"}}, "shuffled or ordered"),
+        ({"train": {"batch_size": 50}, "schedule": {"kind": "linear"}}, "leave schedule out"),
+    ],
+)
+def test_rprop_takes_all_rows_and_no_schedule(tiny_config: Tiny, change: dict[str, Any], message: str) -> None:
+    optimizer = {"kind": "rprop", "learning_rate": 0.01}
+    with pytest.raises(gpu_bp.UserError, match=message):
+        gpu_bp.Trainer(gpu_bp.parse_config(tiny_config(optimizer=optimizer, **change)), gpu_bp.NumpyBackend())
+    gpu_bp.Trainer(
+        gpu_bp.parse_config(tiny_config(optimizer=optimizer, train={"batch_size": 100})), gpu_bp.NumpyBackend()
+    )
