@@ -6,9 +6,11 @@ row in the step, and is computed again on the way back. So it does not depend on
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gpu_bp.backends import Backend
+from gpu_bp.errors import UserError
 from gpu_bp.registry import element_of_step
 from gpu_bp.spec import Array
 
@@ -19,12 +21,23 @@ class Noise:
 
     seed: of the draws. dropout: the share of the outputs that is left out, one a hidden layer.
     input_dropout: likewise of the inputs. input_noise: standard deviation of the normal noise added to the inputs.
+
+    Raises:
+        UserError: a rate outside [0, 1), or a negative deviation.
     """
 
     seed: int
     dropout: tuple[float, ...] = ()
     input_dropout: float = 0.0
     input_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not all(0 <= rate < 1 for rate in (*self.dropout, self.input_dropout)):
+            raise UserError(
+                f"dropout rates must be in [0, 1), not {self.dropout} and {self.input_dropout} of the inputs"
+            )
+        if not 0 <= self.input_noise < math.inf:
+            raise UserError(f"input_noise must be a standard deviation of 0 or more, not {self.input_noise}")
 
     @property
     def on_inputs(self) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from gpu_bp.data.source import Batch
-from gpu_bp.network import Network, Signals
+from gpu_bp.errors import UserError
+from gpu_bp.network import Layer, Network, Signals
 from gpu_bp.noise import Draw, Noise
 from gpu_bp.optimizer import Optimizer
 from gpu_bp.spec import Array, Loss
@@ -23,6 +24,9 @@ class Objective:
         keep_net_inputs: every layer's net input stands in an array of its own, for whoever wants to look at it.
         noise: dropout and input noise.
         class_weights: (n_classes,) what a row of each class weighs, beside its own weight.
+
+    Raises:
+        UserError: another number of dropout rates than there are hidden layers.
 
     Attributes:
         gradients: the flat buffer of the gradient of the last step's summed loss.
@@ -43,13 +47,15 @@ class Objective:
         noise: Noise | None = None,
         class_weights: np.ndarray | None = None,
     ) -> None:
-        backend = network.backend
+        backend, hidden = network.backend, len(network.layers) - 1
+        if noise is not None and len(noise.dropout) not in (0, hidden):
+            raise UserError(f"{len(noise.dropout)} dropout rates for {hidden} hidden layers; give one a hidden layer")
         self.network = network
         self.loss = loss
         self.noise = noise
         self.gradients = backend.zeros((network.layout.size if backward else 0,), network.dtype)
         self._gradient_layers = network.views(self.gradients) if backward else []
-        self._added = self.gradients[:0]  # the gradient of a later batch of a step, made when there is one
+        self._added: tuple[Array, list[Layer]] | None = None  # of a later batch of a step, made when there is one
         self.signals = network.signals(
             batch_size, loss, backward=backward, keep_net_inputs=keep_net_inputs, noise=noise
         )
@@ -113,11 +119,12 @@ class Objective:
         if batch.place == 0:
             self.network.backward(inputs, signals, self._gradient_layers, draw)
             return
-        if not len(self._added):
-            self._added = self.network.backend.zeros(self.gradients.shape, self.network.dtype)
-            self._added_layers = self.network.views(self._added)
-        self.network.backward(inputs, signals, self._added_layers, draw)
-        self.network.backend.add(self.gradients, self._added, self.gradients)
+        if self._added is None:
+            flat = self.network.backend.zeros(self.gradients.shape, self.network.dtype)
+            self._added = flat, self.network.views(flat)
+        added, layers = self._added
+        self.network.backward(inputs, signals, layers, draw)
+        self.network.backend.add(self.gradients, added, self.gradients)
 
     def _weights_of(self, batch: Batch) -> Array | None:
         """What each row weighs: (rows,), or None where each weighs 1."""

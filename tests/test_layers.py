@@ -147,6 +147,20 @@ def test_a_saved_network_is_the_same(backend: Backend, tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.predict(inputs), network.predict(inputs))
 
 
+@pytest.mark.parametrize(
+    "options", [{"dropout": (0.1, 1.0, 0.0)}, {"input_dropout": 1.0}, {"dropout": (-0.1,)}, {"input_noise": -1.0}]
+)
+def test_noise_that_cannot_be(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="must be"):
+        Noise(seed=0, **options)
+
+
+@pytest.mark.parametrize("rates", [(0.5,), (0.5,) * 4])
+def test_dropout_is_given_for_each_hidden_layer(backend: Backend, rates: tuple[float, ...]) -> None:
+    with pytest.raises(UserError, match=f"{len(rates)} dropout rates for 3 hidden layers"):
+        Objective(network_of(backend, {}), registry.loss("squared_error"), 4, noise=Noise(seed=0, dropout=rates))
+
+
 def test_a_single_unit_is_not_normalised() -> None:
     with pytest.raises(UserError, match="single unit"):
         Network([2, 1, 1], ["tanh", "identity"], normalise=True)

@@ -152,6 +152,12 @@ def test_class_weights(backend: Backend, targets: np.ndarray, classes: list[int]
     np.testing.assert_array_equal(backend.to_host(out), table[classes] * (1.0 if own is None else own))
 
 
+def test_a_part_of_a_batch_keeps_its_weights(backend: Backend) -> None:
+    weights = np.arange(float(ROWS))
+    part = batch_of(backend, *data(), weights).part(3, 7)
+    np.testing.assert_array_equal(backend.to_host(part.weights), weights[3:7])
+
+
 def test_weights_that_do_not_fit_are_refused(backend: Backend) -> None:
     with pytest.raises(ValueError, match=r"weights must be \(rows,\) float64"):
         step_of(network_of(backend))(batch_of(backend, *data(), np.ones(ROWS - 1)))

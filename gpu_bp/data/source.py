@@ -52,7 +52,8 @@ class Batch:
 
     def part(self, start: int, end: int) -> Batch:
         """The rows from start to end: views."""
-        return Batch(self.inputs[start:end], self.targets[start:end], self.rows[start:end])
+        weights = None if self.weights is None else self.weights[start:end]
+        return Batch(self.inputs[start:end], self.targets[start:end], self.rows[start:end], weights)
 
 
 @dataclass(frozen=True)
