@@ -125,33 +125,6 @@ template <typename S> __device__ inline S warp_max(S x) {
 """
 
 
-@functools.cache
-def row_kernel_source(name: str, text: str, dtype: str, target_dtype: str) -> str:
-    """The source of a kernel in which one warp handles one row of n columns.
-
-    A float target is a row of n probabilities, an integer one is the class of the row.
-    """
-    indexed = target_dtype == "long long"
-    return f"""
-typedef {dtype} T;
-{CUDA_FUNCTIONS}{_ROW_FUNCTIONS}
-#define TARGET(j) ({"T(j == *target)" if indexed else "target[j]"})
-extern "C" __global__ void {name}(const int rows, const int n, const T* net_inputs, const {target_dtype}* targets,
-                                  T* outputs, T* losses, T* deltas) {{
-    const int lane = threadIdx.x % 32;
-    const int row = blockIdx.x * {ROW_WARPS} + threadIdx.x / 32;
-    if (row >= rows) return;  // a whole warp at a time
-    const long long first = (long long)row * n;
-    const T* v = net_inputs + first;
-    T* y = outputs + first;
-    const {target_dtype}* target = targets + {"row" if indexed else "first"};
-    T* loss = losses + row;
-    T* delta = deltas + first;
-    {text}
-}}
-"""
-
-
 def rows_source(name: str, text: str, dtype: str, arrays: str, pointers: str, preamble: str = "") -> str:
     """The source of a kernel in which one warp handles one row of n columns, `lane` by `lane`.
 
@@ -169,6 +142,24 @@ extern "C" __global__ void {name}(const int rows, const int n, {arrays}) {{
     {text}
 }}
 """
+
+
+@functools.cache
+def row_kernel_source(name: str, text: str, dtype: str, target_dtype: str) -> str:
+    """Softmax, or a loss that reduces a row.
+
+    A float target is a row of n probabilities, an integer one is the class of the row.
+    """
+    indexed = target_dtype == "long long"
+    return rows_source(
+        name,
+        text,
+        dtype,
+        f"const T* net_inputs, const {target_dtype}* targets, T* outputs, T* losses, T* deltas",
+        "const T* v = net_inputs + first; T* y = outputs + first; T* loss = losses + row; T* delta = deltas + first; "
+        f"const {target_dtype}* target = targets + {'row' if indexed else 'first'};",
+        f"#define TARGET(j) ({'T(j == *target)' if indexed else 'target[j]'})\n",
+    )
 
 
 @functools.cache
