@@ -209,6 +209,7 @@ class TableData(DataSection):
     standardise_columns: list[str] | None = Field(
         None, description="numeric columns to standardise; by default all, the targets too"
     )
+    weight_column: str | None = Field(None, description="the column of what each row weighs in the loss")
 
 
 class ArrayData(Scaled):
@@ -220,6 +221,7 @@ class ArrayData(Scaled):
     n_classes: Annotated[int, Field(ge=2)] | None = Field(
         None, description="for class indices; by default the largest of the training rows plus 1"
     )
+    weights: str | None = Field(None, description="the .npy file of what each row weighs in the loss: (rows,)")
 
 
 class ShardData(Scaled):
