@@ -58,7 +58,7 @@ class Batch:
     def of(cls, filled: Sequence[Array], rows: Array, place: int = 0, last: bool = True) -> Batch:
         """A batch of what a source fills, and of row numbers."""
         inputs, targets, *weights = filled
-        return cls(inputs, targets, rows, *weights or [None], place, last)
+        return cls(inputs, targets, rows, weights[0] if weights else None, place, last)
 
     @property
     def filled(self) -> tuple[Array, ...]:

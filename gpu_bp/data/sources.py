@@ -77,6 +77,7 @@ class FileSource(Source):
             first,
         )
         if read.weights is not None:
+            assert batch.weights is not None
             put(read.weights[:, None], batch.weights[:, None], f"{where}, weights", first)
 
 
