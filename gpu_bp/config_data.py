@@ -124,13 +124,24 @@ class GaussianBlobs(Scaled):
     rows: TrainRows = 1000
     n_inputs: Width = Field(2, description="inputs a row, at least one a class")
     n_classes: Annotated[int, Field(ge=2, le=1000)] = Field(2, description="how many clouds")
-    bayes_error: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="what the best classifier gets wrong")
+    bayes_error: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="what the best classifier gets wrong of equally many rows a class; by default 0.1"
+    )
+    distance: Length | None = Field(None, description="between the middles, in standard deviations; or bayes_error")
+    proportions: list[Length] | None = Field(
+        None, description="of the rows, a number a class; by default all classes are equally frequent"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> GaussianBlobs:
         if self.n_classes > self.n_inputs:
             raise ValueError(f"data.n_inputs must be at least data.n_classes, {self.n_classes}, not {self.n_inputs}")
-        if not 1e-12 <= self.bayes_error < 1 - 1 / self.n_classes:
+        if self.bayes_error is not None and self.distance is not None:
+            raise ValueError("data.bayes_error and data.distance say the same; give one of them")
+        if self.proportions is not None and len(self.proportions) != self.n_classes:
+            given = len(self.proportions)
+            raise ValueError(f"data.proportions must be {self.n_classes} numbers, one a class, not {given}")
+        if self.bayes_error is not None and not 1e-12 <= self.bayes_error < 1 - 1 / self.n_classes:
             limit = f"less than {1 - 1 / self.n_classes:.6g}, which is guessing"
             raise ValueError(f"data.bayes_error must be from 1e-12 to {limit}, not {self.bayes_error}")
         return self
@@ -193,6 +204,14 @@ class SineMixture(DataSection):
     rows: TrainRows = 1000
     components: Annotated[int, Field(ge=1, le=100)] = Field(3, description="how many sines")
     noise: Noise = 0.1
+
+
+class Heteroscedastic(DataSection):
+    """A sine of x in [0, 1) whose noise grows with x, so that its quantiles do not run side by side."""
+
+    kind: Literal["heteroscedastic"]
+    rows: TrainRows = 1000
+    noise: Noise = Field(0.5, description="the standard deviation of the normal noise is noise (0.1 + x)")
 
 
 # from files --------------------------------------------------------------------------------------------------
@@ -258,5 +277,6 @@ Synthetic = (
     | Friedman2
     | Friedman3
     | SineMixture
+    | Heteroscedastic
 )
 Data = Annotated[Synthetic | TableData | ArrayData | ShardData | OwnData, Field(discriminator="kind")]
