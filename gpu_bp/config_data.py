@@ -38,6 +38,14 @@ class Scaled(DataSection):
     scaling: Scaling = Field("none", description="of the inputs, fitted to the first training rows, at most a million")
 
 
+class ScaledTargets(DataSection):
+    """Targets that can be scaled, where they are real numbers."""
+
+    target_scaling: Literal["none", "standardise"] = Field(
+        "none", description="of the targets, fitted likewise; predictions are in raw units all the same"
+    )
+
+
 # synthetic: row i is a function of the seed and i ------------------------------------------------------------
 
 
@@ -147,7 +155,7 @@ class GaussianBlobs(Scaled):
         return self
 
 
-class Linear(Scaled):
+class Linear(Scaled, ScaledTargets):
     """A linear function of random inputs of variance 1, with normal noise."""
 
     kind: Literal["linear"]
@@ -158,7 +166,7 @@ class Linear(Scaled):
     noise: Noise = 0.1
 
 
-class Teacher(Scaled):
+class Teacher(Scaled, ScaledTargets):
     """A random tanh network of inputs of variance 1, with normal noise, whose variance is the best possible mse."""
 
     kind: Literal["teacher"]
@@ -172,7 +180,7 @@ class Teacher(Scaled):
     noise: Noise = 0.1
 
 
-class Friedman1(Scaled):
+class Friedman1(Scaled, ScaledTargets):
     """10 sin(pi x1 x2) + 20 (x3 - 1/2)^2 + 10 x4 + 5 x5 of uniform inputs (Friedman, 1991)."""
 
     kind: Literal["friedman1"]
@@ -181,7 +189,7 @@ class Friedman1(Scaled):
     noise: Noise = 1.0
 
 
-class Friedman2(Scaled):
+class Friedman2(Scaled, ScaledTargets):
     """The impedance of a circuit, sqrt(x1^2 + (x2 x3 - 1 / (x2 x4))^2) (Friedman, 1991)."""
 
     kind: Literal["friedman2"]
@@ -189,7 +197,7 @@ class Friedman2(Scaled):
     noise: Noise = 125.0
 
 
-class Friedman3(Scaled):
+class Friedman3(Scaled, ScaledTargets):
     """The phase of the same circuit, arctan((x2 x3 - 1 / (x2 x4)) / x1) (Friedman, 1991)."""
 
     kind: Literal["friedman3"]
@@ -197,7 +205,7 @@ class Friedman3(Scaled):
     noise: Noise = 0.1
 
 
-class SineMixture(DataSection):
+class SineMixture(ScaledTargets):
     """Sines of x in [-1, 1): harmonic k has amplitude 1 / k and a random phase."""
 
     kind: Literal["sine-mixture"]
@@ -206,7 +214,7 @@ class SineMixture(DataSection):
     noise: Noise = 0.1
 
 
-class Heteroscedastic(DataSection):
+class Heteroscedastic(ScaledTargets):
     """A sine of x in [0, 1) whose noise grows with x, so that its quantiles do not run side by side."""
 
     kind: Literal["heteroscedastic"]
@@ -231,7 +239,7 @@ class TableData(DataSection):
     weight_column: str | None = Field(None, description="the column of what each row weighs in the loss")
 
 
-class ArrayData(Scaled):
+class ArrayData(Scaled, ScaledTargets):
     """A pair of .npy files."""
 
     kind: Literal["arrays"]
@@ -243,7 +251,7 @@ class ArrayData(Scaled):
     weights: str | None = Field(None, description="the .npy file of what each row weighs in the loss: (rows,)")
 
 
-class ShardData(Scaled):
+class ShardData(Scaled, ScaledTargets):
     """A folder of shards that `gpu-bp generate` wrote."""
 
     kind: Literal["shards"]

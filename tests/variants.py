@@ -54,7 +54,7 @@ def program(made: Set) -> Program:
 
 def choices(kind: str) -> dict[str, set[Any]]:
     """The fields by which a set chooses its formulas, and what they can be: those that are not of all kinds of data."""
-    common = {"kind", "residency", "scaling"}
+    common = {"kind", "residency", "scaling", "target_scaling"}
     fields = SECTIONS[kind].model_fields.items()
     return {
         n: set(get_args(f.annotation)) for n, f in fields if get_origin(f.annotation) is Literal and n not in common

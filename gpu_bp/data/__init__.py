@@ -14,7 +14,7 @@ from gpu_bp.config import Config
 from gpu_bp.config_data import ArrayData, DataSection, OwnData, ShardData, Synthetic, TableData
 from gpu_bp.data.arrays import ArrayReader, NpyFile
 from gpu_bp.data.columns import Columns
-from gpu_bp.data.preparation import Preparation, check_targets, code_labels, code_targets, fit_scaling
+from gpu_bp.data.preparation import Coding, Preparation, check_targets, code_labels, code_targets, fit_scaling
 from gpu_bp.data.shards import ShardReader
 from gpu_bp.data.source import Reader, Source
 from gpu_bp.data.sources import FileSource, GeneratedSource, SetReader, empty
@@ -141,8 +141,7 @@ def _generated(data: Any, seed: int, loss: Loss, preparation: Preparation | None
     if not made.classes:  # targets of one set are all alike, so a few rows tell
         check_targets(reader.read(0, min(100, made.n_rows)).wanted, loss, data.kind, 0)
     if preparation is None:
-        scaling = fit_scaling(reader, made.n_rows, getattr(data, "scaling", "none"))
-        preparation = Preparation(coding.task, None, *scaling)
+        preparation = _fit_arrays(reader, made.n_rows, data, coding, loss)
     _check_width(preparation, made.inputs.width, data.kind)
     ranges = _ranges(made.n_rows, data)
     sources = {name: GeneratedSource(backend, made, seed, first, n, preparation, coding) for name, first, n in ranges}
@@ -156,9 +155,10 @@ def _from_files(
     coding = (
         code_labels(reader.classes, loss) if reader.classes else code_targets(reader.n_targets, reader.binary, loss)
     )
-    if preparation is None:
-        scaling = ((), ()) if columns else fit_scaling(reader, n_train, data.scaling)
-        preparation = Preparation(coding.task, columns, *scaling)
+    if preparation is None and columns:
+        preparation = Preparation(coding.task, columns)
+    elif preparation is None:
+        preparation = _fit_arrays(reader, n_train, data, coding, loss)
     if columns is None:
         _check_width(preparation, reader.n_inputs, reader.where)
     ranges = _ranges(n_train, data)
@@ -173,6 +173,18 @@ def _with_weight(dataset: Dataset) -> Dataset:
         if starts and not any(np.any(dataset.rows(name, start, source.read_rows).weights) for start in starts):
             raise UserError(f"the weights of the {name} rows are all 0; one at least must be larger")
     return dataset
+
+
+def _fit_arrays(reader: Reader, n_train: int, data: Any, coding: Coding, loss: Loss) -> Preparation:
+    """The preparation of rows that are no table's."""
+    inputs = fit_scaling(reader, n_train, getattr(data, "scaling", "none"))
+    target_scaling = getattr(data, "target_scaling", "none")
+    if target_scaling == "none":
+        return Preparation(coding.task, None, *inputs)
+    if coding.task.kind != "regression" or loss.targets != "real":
+        why = f"loss {loss.name} takes others" if loss.targets != "real" else "these are classes"
+        raise UserError(f"data.target_scaling = {target_scaling!r} is for targets that are real numbers, and {why}")
+    return Preparation(coding.task, None, *inputs, *fit_scaling(reader, n_train, target_scaling, "targets"))
 
 
 def _arrays(data: ArrayData, loss: Loss, preparation: Preparation | None) -> ArrayReader:

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 
 from gpu_bp.backends import Backend
-from gpu_bp.data.preparation import Coding, Preparation, check_targets
+from gpu_bp.data.preparation import Coding, Preparation, check_targets, scaled
 from gpu_bp.data.source import READ_NUMBERS, Batch, Reader, Rows, Source, block_rows_for
 from gpu_bp.data.synthetic import Set
 from gpu_bp.errors import UserError
 from gpu_bp.formula import Columns, Place, Program, runs
 from gpu_bp.spec import Array, Loss
+
+# Of a preparation, and as tables of a program.
+SCALING, TARGET_SCALING = ("shift", "scale"), ("target_shift", "target_scale")
 
 
 def put(values: np.ndarray, out: np.ndarray, what: str, first: int = 0) -> None:
@@ -55,7 +58,8 @@ class FileSource(Source):
         self._coding = coding
         self._loss = loss
         # whether rows can be read into the batch itself
-        self._as_they_are = not preparation.scales and (coding.indexed or not coding.labels)
+        raw = not preparation.scales and not preparation.target_shift
+        self._as_they_are = raw and (coding.indexed or not coding.labels)
 
     def fill(self, rows: Array, batch: Batch) -> None:
         for start, end in runs(rows, READ_NUMBERS // self.n_inputs + 1):
@@ -69,13 +73,8 @@ class FileSource(Source):
         if read.labels is None:
             check_targets(read.wanted, self._loss, where, first)
         width = self._coding.width
-        wanted = read.wanted.reshape(len(batch.rows), -1)
-        put(
-            self._coding.code(wanted, np.arange(width)[None]),
-            batch.targets.reshape(-1, width),
-            f"{where}, targets",
-            first,
-        )
+        coded = self._coding.code(read.wanted.reshape(len(batch.rows), -1), np.arange(width)[None])
+        put(self._preparation.targets(coded), batch.targets.reshape(-1, width), f"{where}, targets", first)
         if read.weights is not None:
             assert batch.weights is not None
             put(read.weights[:, None], batch.weights[:, None], f"{where}, weights", first)
@@ -95,17 +94,16 @@ class GeneratedSource(Source):
         self.backend = backend
         self._seed = seed
         self._first = first
-        scaled = preparation.scales
-        tables = dict(made.tables)
-        if scaled:
-            tables |= {"shift": np.array(preparation.shift), "scale": np.array(preparation.scale)}
+        names = (SCALING if preparation.scales else ()) + (TARGET_SCALING if preparation.target_shift else ())
+        tables = dict(made.tables) | {name: np.array(getattr(preparation, name)) for name in names}
 
         def inputs(at: Place) -> Any:
             x = made.inputs.formula(at)
-            return (x - at.table("shift", at.column)) / at.table("scale", at.column) if scaled else x
+            return scaled(x, *(at.table(name, at.column) for name in SCALING)) if preparation.scales else x
 
         def targets(at: Place) -> Any:
-            return coding.code(made.target.formula(at), at.column)
+            d = coding.code(made.target.formula(at), at.column)
+            return scaled(d, *(at.table(name, at.column) for name in TARGET_SCALING)) if preparation.target_shift else d
 
         outputs = (Columns(n_inputs, inputs), Columns(coding.width, targets))
         self._program = Program(outputs, made.stages, tables)
