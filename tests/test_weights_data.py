@@ -100,6 +100,13 @@ def test_weights_go_with_their_rows(
             np.testing.assert_array_equal(backend.to_host(batch.weights), WEIGHTS[rows].astype(np.float32))
 
 
+def test_the_file_of_weights_is_found_from_anywhere(tiny_config: Tiny, in_tmp: Path) -> None:
+    """Its path is made absolute, as those of the other files are."""
+    section = {"kind": "arrays", "inputs": "x.npy", "targets": "y.npy", "weights": "w.npy"}
+    data = parse_config({**tiny_config(), "data": section}).data.model_dump()
+    assert data["weights"] == str(in_tmp / "w.npy")
+
+
 def test_weights_of_a_vector_or_a_column(tiny_config: Tiny, tmp_path: Path) -> None:
     for weights in (np.arange(N), np.arange(N)[:, None], np.arange(N).astype(np.float32)):
         split = load(tiny_config, write(tmp_path, "arrays", weights)).rows("test")

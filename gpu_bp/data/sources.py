@@ -58,8 +58,7 @@ class FileSource(Source):
         self._coding = coding
         self._loss = loss
         # whether rows can be read into the batch itself
-        raw = not preparation.scales and not preparation.target_shift
-        self._as_they_are = raw and (coding.indexed or not coding.labels)
+        self._as_they_are = not preparation.scales and (coding.indexed or not coding.labels)
 
     def fill(self, rows: Array, batch: Batch) -> None:
         for start, end in runs(rows, READ_NUMBERS // self.n_inputs + 1):
