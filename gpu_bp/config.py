@@ -6,9 +6,9 @@ Schema, for editors.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from gpu_bp import registry
 from gpu_bp.config_choice import Choice, with_parameters_of
@@ -28,6 +28,17 @@ class LossSection(Choice):
 
     model_config = ConfigDict(json_schema_extra=with_parameters_of(registry.LOSSES))
     kind: LossName = "squared_error"
+    class_weight: Literal["balanced"] | dict[str, float] | None = Field(
+        None, description="what the rows of each class weigh: balanced, or numbers by the class's name, the others 1"
+    )
+
+    @field_validator("class_weight", mode="before")
+    @classmethod
+    def _readable(cls, value: Any) -> Any:
+        numbers = isinstance(value, dict) and all(type(weight) in (int, float) for weight in value.values())
+        if value not in (None, "balanced") and not numbers:
+            raise ValueError(f'must be "balanced", or a number a class such as {{cat = 2.0}}, not {value!r}')
+        return value
 
     @model_validator(mode="after")
     def _known(self) -> LossSection:

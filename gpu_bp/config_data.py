@@ -38,6 +38,14 @@ class Scaled(DataSection):
     scaling: Scaling = Field("none", description="of the inputs, fitted to the first training rows, at most a million")
 
 
+class ScaledTargets(DataSection):
+    """Targets that can be scaled, where they are real numbers."""
+
+    target_scaling: Literal["none", "standardise"] = Field(
+        "none", description="of the targets, fitted likewise; predictions are in raw units all the same"
+    )
+
+
 # synthetic: row i is a function of the seed and i ------------------------------------------------------------
 
 
@@ -124,19 +132,30 @@ class GaussianBlobs(Scaled):
     rows: TrainRows = 1000
     n_inputs: Width = Field(2, description="inputs a row, at least one a class")
     n_classes: Annotated[int, Field(ge=2, le=1000)] = Field(2, description="how many clouds")
-    bayes_error: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="what the best classifier gets wrong")
+    bayes_error: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="what the best classifier gets wrong of equally many rows a class; by default 0.1"
+    )
+    distance: Length | None = Field(None, description="between the middles, in standard deviations; or bayes_error")
+    proportions: list[Length] | None = Field(
+        None, description="of the rows, a number a class; by default all classes are equally frequent"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> GaussianBlobs:
         if self.n_classes > self.n_inputs:
             raise ValueError(f"data.n_inputs must be at least data.n_classes, {self.n_classes}, not {self.n_inputs}")
-        if not 1e-12 <= self.bayes_error < 1 - 1 / self.n_classes:
+        if self.bayes_error is not None and self.distance is not None:
+            raise ValueError("data.bayes_error and data.distance say the same; give one of them")
+        if self.proportions is not None and len(self.proportions) != self.n_classes:
+            given = len(self.proportions)
+            raise ValueError(f"data.proportions must be {self.n_classes} numbers, one a class, not {given}")
+        if self.bayes_error is not None and not 1e-12 <= self.bayes_error < 1 - 1 / self.n_classes:
             limit = f"less than {1 - 1 / self.n_classes:.6g}, which is guessing"
             raise ValueError(f"data.bayes_error must be from 1e-12 to {limit}, not {self.bayes_error}")
         return self
 
 
-class Linear(Scaled):
+class Linear(Scaled, ScaledTargets):
     """A linear function of random inputs of variance 1, with normal noise."""
 
     kind: Literal["linear"]
@@ -147,7 +166,7 @@ class Linear(Scaled):
     noise: Noise = 0.1
 
 
-class Teacher(Scaled):
+class Teacher(Scaled, ScaledTargets):
     """A random tanh network of inputs of variance 1, with normal noise, whose variance is the best possible mse."""
 
     kind: Literal["teacher"]
@@ -161,7 +180,7 @@ class Teacher(Scaled):
     noise: Noise = 0.1
 
 
-class Friedman1(Scaled):
+class Friedman1(Scaled, ScaledTargets):
     """10 sin(pi x1 x2) + 20 (x3 - 1/2)^2 + 10 x4 + 5 x5 of uniform inputs (Friedman, 1991)."""
 
     kind: Literal["friedman1"]
@@ -170,7 +189,7 @@ class Friedman1(Scaled):
     noise: Noise = 1.0
 
 
-class Friedman2(Scaled):
+class Friedman2(Scaled, ScaledTargets):
     """The impedance of a circuit, sqrt(x1^2 + (x2 x3 - 1 / (x2 x4))^2) (Friedman, 1991)."""
 
     kind: Literal["friedman2"]
@@ -178,7 +197,7 @@ class Friedman2(Scaled):
     noise: Noise = 125.0
 
 
-class Friedman3(Scaled):
+class Friedman3(Scaled, ScaledTargets):
     """The phase of the same circuit, arctan((x2 x3 - 1 / (x2 x4)) / x1) (Friedman, 1991)."""
 
     kind: Literal["friedman3"]
@@ -186,13 +205,21 @@ class Friedman3(Scaled):
     noise: Noise = 0.1
 
 
-class SineMixture(DataSection):
+class SineMixture(ScaledTargets):
     """Sines of x in [-1, 1): harmonic k has amplitude 1 / k and a random phase."""
 
     kind: Literal["sine-mixture"]
     rows: TrainRows = 1000
     components: Annotated[int, Field(ge=1, le=100)] = Field(3, description="how many sines")
     noise: Noise = 0.1
+
+
+class Heteroscedastic(ScaledTargets):
+    """A sine of x in [0, 1) whose noise grows with x, so that its quantiles do not run side by side."""
+
+    kind: Literal["heteroscedastic"]
+    rows: TrainRows = 1000
+    noise: Noise = Field(0.5, description="the standard deviation of the normal noise is noise (0.1 + x)")
 
 
 # from files --------------------------------------------------------------------------------------------------
@@ -209,9 +236,10 @@ class TableData(DataSection):
     standardise_columns: list[str] | None = Field(
         None, description="numeric columns to standardise; by default all, the targets too"
     )
+    weight_column: str | None = Field(None, description="the column of what each row weighs in the loss")
 
 
-class ArrayData(Scaled):
+class ArrayData(Scaled, ScaledTargets):
     """A pair of .npy files."""
 
     kind: Literal["arrays"]
@@ -220,9 +248,10 @@ class ArrayData(Scaled):
     n_classes: Annotated[int, Field(ge=2)] | None = Field(
         None, description="for class indices; by default the largest of the training rows plus 1"
     )
+    weights: str | None = Field(None, description="the .npy file of what each row weighs in the loss: (rows,)")
 
 
-class ShardData(Scaled):
+class ShardData(Scaled, ScaledTargets):
     """A folder of shards that `gpu-bp generate` wrote."""
 
     kind: Literal["shards"]
@@ -256,5 +285,6 @@ Synthetic = (
     | Friedman2
     | Friedman3
     | SineMixture
+    | Heteroscedastic
 )
 Data = Annotated[Synthetic | TableData | ArrayData | ShardData | OwnData, Field(discriminator="kind")]

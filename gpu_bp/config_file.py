@@ -15,7 +15,13 @@ from gpu_bp.config import Config
 from gpu_bp.errors import UserError, nearest
 
 # Keys that name files: made absolute when a config is read.
-PATH_KEYS = (("data", "path"), ("data", "inputs"), ("data", "targets"), ("network", "weights", "path"))
+PATH_KEYS = (
+    ("data", "path"),
+    ("data", "inputs"),
+    ("data", "targets"),
+    ("data", "weights"),
+    ("network", "weights", "path"),
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -21,7 +21,8 @@ from gpu_bp.data.synthetic import Set, make_set
 from gpu_bp.errors import UserError
 
 # Keys of a data section that do not change what row i is.
-NOT_OF_ROWS = {"rows", "validation_rows", "test_rows", "scaling", "residency", "block_rows", "window_blocks"}
+NOT_OF_ROWS = {"rows", "validation_rows", "test_rows", "scaling", "target_scaling"}
+NOT_OF_ROWS |= {"residency", "block_rows", "window_blocks"}
 INTERVAL = 0.5  # seconds between two looks at the progress
 
 

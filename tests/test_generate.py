@@ -78,6 +78,14 @@ def test_generate_each_kind(cli: Cli, name: str, rows: int, n_inputs: int, n_tar
     assert (reader.n_rows, reader.n_inputs, reader.n_targets) == (rows, n_inputs, n_targets)
 
 
+def test_what_scales_rows_does_not_change_them(cli: Cli) -> None:
+    """The same folder serves, however its rows are scaled when they are read."""
+    arguments = (ROOT / "configs/teacher.toml", "--rows", 50, "-o", "out")
+    assert cli(*arguments)[0] == 0
+    scaled = ("data.scaling=standardise", "data.target_scaling=standardise")
+    assert "all were there, nothing to do" in cli(*arguments, *scaled)[1]
+
+
 def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=100)

@@ -63,6 +63,7 @@ class Cheap:
 
     classes: tuple[str, ...] = ()
     binary = False
+    weighted = False
     n_targets = 1
     where = "cheap rows"
 

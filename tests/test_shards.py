@@ -45,6 +45,7 @@ class Made:
         self.n_targets = 1 if labels else 2
         self.classes: tuple[str, ...] = ("no", "yes", "perhaps") if labels else ()
         self.binary = False
+        self.weighted = False
 
     def read(self, first: int, n: int) -> Rows:
         row = np.arange(first, first + n, dtype=np.float64)[:, None]

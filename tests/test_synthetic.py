@@ -31,6 +31,7 @@ EXACT_INPUTS = {
     "friedman2",
     "friedman3",
     "sine-mixture",
+    "heteroscedastic",
 }
 # Units in the last place of the largest number of a column that two backends may differ by. A normal, a sine or a
 # tangent differs by 1 to 4 of its own units; sums of them in another order (dot: terms of both signs) add a few more of
@@ -56,6 +57,7 @@ def test_every_set_has_variants() -> None:
             assert {getattr(section(kind, **chosen), name) for chosen in made} == values, (kind, name)
     assert set(SECTIONS) > EXACT_INPUTS
     assert {bool(section("two-spirals", **chosen).noise) for chosen in VARIANTS["two-spirals"]} == {False, True}
+    assert {"proportions" in chosen for chosen in VARIANTS["gaussian-blobs"]} == {False, True}
 
 
 @variants

@@ -97,6 +97,49 @@ def test_error_without_a_shift_is_guessing() -> None:
         assert bayes_error(0.0, n_classes) == pytest.approx(1 - 1 / n_classes, rel=1e-8)
 
 
+@pytest.mark.parametrize(("proportions", "distance"), [([50, 1], 2.0), ([1, 50], 0.5), ([0.5, 3, 1, 1e-9], 3.0)])
+def test_proportions_and_distance_of_blobs(proportions: list[float], distance: float) -> None:
+    """Classes as frequent as asked for, drawn by where one uniform number lies; middles as far apart as asked for."""
+    n, n_classes = 50_000, len(proportions)
+    chosen: dict[str, Any] = {"n_inputs": n_classes, "n_classes": n_classes, "distance": distance}
+    x, labels = rows_of(made("gaussian-blobs", proportions=proportions, **chosen), n)
+    shares = [sum(proportions[: k + 1]) / sum(proportions) for k in range(n_classes)]
+    drawn = uniforms(SEED, Purpose.LABELS, 0, n)
+    assert labels.tolist() == [next(k for k, share in enumerate(shares) if u < share) for u in drawn.tolist()]
+    frequent = [k for k, proportion in enumerate(proportions) if proportion > 1e-3]
+    counts, expected = (np.array(part)[frequent] for part in (np.bincount(labels, minlength=n_classes), proportions))
+    assert stats.chisquare(counts, expected * n / expected.sum()).pvalue > 1e-4
+    middles = distance / math.sqrt(2) * np.eye(n_classes)
+    assert math.dist(middles[0], middles[1]) == pytest.approx(distance)
+    assert stats.kstest((x - middles[labels]).reshape(-1), "norm").pvalue > 1e-4
+
+
+def test_equal_blobs_keep_their_bits() -> None:
+    """Said or not said to be equally frequent; and as far apart as the error asks for, said in either way."""
+    shift = shift_for(0.1, 3)
+    for other in ({"proportions": [0.3] * 3}, {"bayes_error": 0.1}, {"distance": shift * math.sqrt(2)}):
+        one, two = (rows_of(made("gaussian-blobs", n_inputs=3, n_classes=3, **keys), 5000) for keys in ({}, other))
+        np.testing.assert_array_equal(one[1], two[1])
+        np.testing.assert_allclose(one[0], two[0], rtol=0, atol=0 if "distance" not in other else 1e-14)
+    np.testing.assert_array_equal(one[1], np.floor(3 * uniforms(SEED, Purpose.LABELS, 0, 5000)))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"bayes_error": 0.1, "distance": 2.0}, "data.bayes_error and data.distance say the same; give one of them"),
+        ({"proportions": [1, 2, 3]}, "data.proportions must be 2 numbers, one a class, not 3"),
+        ({"proportions": [1, 0]}, "greater than 0"),
+        ({"distance": 0.0}, "greater than 0"),
+        ({"bayes_error": 0.5}, "data.bayes_error must be from 1e-12 to less than 0.5, which is guessing, not 0.5"),
+        ({"n_classes": 3}, "data.n_inputs must be at least data.n_classes, 3, not 2"),
+    ],
+)
+def test_blobs_that_are_refused(chosen: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made("gaussian-blobs", **chosen)
+
+
 @pytest.mark.parametrize(("n_inputs", "cells"), [(1, 2), (2, 4), (3, 5), (7, 3)])
 def test_checkerboard(n_inputs: int, cells: int) -> None:
     x, black = rows_of(made("checkerboard", n_inputs=n_inputs, cells=cells), 2000)
@@ -231,6 +274,16 @@ def test_sine_mixture(components: int) -> None:
     np.testing.assert_allclose(without, wanted, rtol=0, atol=1e-12)
     assert stats.kstest((x[:, 0] + 1) / 2, "uniform").pvalue > 1e-4
     check_noise(d - wanted, 0.2)
+
+
+def test_heteroscedastic() -> None:
+    """The residual divided by 0.1 + x is normal noise, independent of x."""
+    (x, without), (_, d) = (rows_of(made("heteroscedastic", noise=sd), N) for sd in (0.0, 0.7))
+    np.testing.assert_allclose(without, np.sin(2 * np.pi * x), rtol=0, atol=1e-12)
+    assert stats.kstest(x[:, 0], "uniform").pvalue > 1e-4
+    residual = (d - without) / (0.1 + x)
+    check_noise(residual, 0.7)
+    assert abs(stats.pearsonr(np.abs(residual[:, 0]), x[:, 0]).statistic) < 4 / math.sqrt(N)
 
 
 # what sets draw ----------------------------------------------------------------------------------------------

@@ -18,13 +18,20 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     + [{"patterns": "random", "n_inputs": n, "rows": 100} for n in (6, 7)],
     "checkerboard": [{}, {"n_inputs": 3, "cells": 5}],
     "two-spirals": [{}, {"noise": 0.2, "rows": 1000}],
-    "gaussian-blobs": [{}, {"n_inputs": 5, "n_classes": 3, "bayes_error": 0.2}, {"n_inputs": 12, "n_classes": 10}],
+    "gaussian-blobs": [
+        {},
+        {"n_inputs": 5, "n_classes": 3, "bayes_error": 0.2},
+        {"n_inputs": 12, "n_classes": 10},
+        {"proportions": [50, 1], "distance": 2.0},
+        {"n_inputs": 6, "n_classes": 4, "proportions": [0.5, 3, 1, 0.25]},
+    ],
     "linear": [{}, {"n_targets": 3, "distribution": "uniform"}, {"n_inputs": 1, "noise": 0.0}],
     "teacher": [{}, {"n_inputs": 6, "hidden": [7, 1, 5], "n_targets": 2, "distribution": "uniform"}],
     "friedman1": [{}, {"n_inputs": 5, "noise": 0.0}],
     "friedman2": [{}],
     "friedman3": [{}],
     "sine-mixture": [{}, {"components": 9, "noise": 0.0}],
+    "heteroscedastic": [{}, {"noise": 0.0}],
 }
 SECTIONS = {section.model_fields["kind"].annotation.__args__[0]: section for section in get_args(Synthetic)}
 NAMED = [(kind, k) for kind, variants in VARIANTS.items() for k in range(len(variants))]
@@ -47,7 +54,7 @@ def program(made: Set) -> Program:
 
 def choices(kind: str) -> dict[str, set[Any]]:
     """The fields by which a set chooses its formulas, and what they can be: those that are not of all kinds of data."""
-    common = {"kind", "residency", "scaling"}
+    common = {"kind", "residency", "scaling", "target_scaling"}
     fields = SECTIONS[kind].model_fields.items()
     return {
         n: set(get_args(f.annotation)) for n, f in fields if get_origin(f.annotation) is Literal and n not in common

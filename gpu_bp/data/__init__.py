@@ -14,7 +14,7 @@ from gpu_bp.config import Config
 from gpu_bp.config_data import ArrayData, DataSection, OwnData, ShardData, Synthetic, TableData
 from gpu_bp.data.arrays import ArrayReader, NpyFile
 from gpu_bp.data.columns import Columns
-from gpu_bp.data.preparation import Preparation, check_targets, code_labels, code_targets, fit_scaling
+from gpu_bp.data.preparation import Coding, Preparation, check_targets, code_labels, code_targets, fit_scaling
 from gpu_bp.data.shards import ShardReader
 from gpu_bp.data.source import Reader, Source
 from gpu_bp.data.sources import FileSource, GeneratedSource, SetReader, empty
@@ -30,11 +30,12 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """Rows as the network sees them: inputs (n, n_inputs) float64, and targets: (n, n_targets) float64, or
-    (n,) int64 for class indices."""
+    """Rows as the network sees them: inputs (n, n_inputs) float64, targets (n, n_targets) float64, or (n,) int64 for
+    class indices, and weights (n,) float64 where the rows have some."""
 
     inputs: np.ndarray
     targets: np.ndarray
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Dataset:
         batch = empty(backend, source, n, np.float64)
         backend.count(first, batch.rows)
         source.fill(batch.rows, batch)
-        return Split(backend.to_host(batch.inputs), backend.to_host(batch.targets))
+        return Split(*map(backend.to_host, batch.filled))
 
 
 def load_data(config: Config, preparation: Preparation | None = None, *, backend: Backend | None = None) -> Dataset:
@@ -94,7 +95,7 @@ def load_data(config: Config, preparation: Preparation | None = None, *, backend
         table = open_table(Path(data.path))
         columns = preparation.columns if preparation else None
         columns = columns or _fit_columns(table, data, loss)
-        return _from_files(TableReader(table, columns), data, loss, preparation, columns)
+        return _from_files(TableReader(table, columns, weight=data.weight_column), data, loss, preparation, columns)
     assert isinstance(data, OwnData)
     raise UserError(
         "data.kind is own: sources are needed, which only Python can give: gpu_bp.train(config, sources=...), "
@@ -124,7 +125,7 @@ def own_data(sources: Mapping[str, Source], loss: Loss, backend: Backend) -> Dat
     if train.indexed and loss.targets != "classes":
         raise UserError(f"the sources' targets are class indices, which loss {loss.name} does not take")
     preparation = Preparation(train.task, None, (0.0,) * train.n_inputs, (1.0,) * train.n_inputs)
-    return Dataset(sources, preparation)
+    return _with_weight(Dataset(sources, preparation))
 
 
 def _of(source: Source) -> str:
@@ -140,8 +141,7 @@ def _generated(data: Any, seed: int, loss: Loss, preparation: Preparation | None
     if not made.classes:  # targets of one set are all alike, so a few rows tell
         check_targets(reader.read(0, min(100, made.n_rows)).wanted, loss, data.kind, 0)
     if preparation is None:
-        scaling = fit_scaling(reader, made.n_rows, getattr(data, "scaling", "none"))
-        preparation = Preparation(coding.task, None, *scaling)
+        preparation = _fit_arrays(reader, made.n_rows, data, coding, loss)
     _check_width(preparation, made.inputs.width, data.kind)
     ranges = _ranges(made.n_rows, data)
     sources = {name: GeneratedSource(backend, made, seed, first, n, preparation, coding) for name, first, n in ranges}
@@ -155,14 +155,36 @@ def _from_files(
     coding = (
         code_labels(reader.classes, loss) if reader.classes else code_targets(reader.n_targets, reader.binary, loss)
     )
-    if preparation is None:
-        scaling = ((), ()) if columns else fit_scaling(reader, n_train, data.scaling)
-        preparation = Preparation(coding.task, columns, *scaling)
+    if preparation is None and columns:
+        preparation = Preparation(coding.task, columns)
+    elif preparation is None:
+        preparation = _fit_arrays(reader, n_train, data, coding, loss)
     if columns is None:
         _check_width(preparation, reader.n_inputs, reader.where)
     ranges = _ranges(n_train, data)
     sources = {name: FileSource(reader, first, n, preparation, coding, loss) for name, first, n in ranges}
-    return Dataset(sources, preparation)
+    return _with_weight(Dataset(sources, preparation))
+
+
+def _with_weight(dataset: Dataset) -> Dataset:
+    """The dataset; one that has a split whose rows all weigh 0 is refused, since a mean over them has no meaning."""
+    for name, source in dataset.sources.items():
+        starts = range(0, source.n_rows, source.read_rows) if source.weighted else ()
+        if starts and not any(np.any(dataset.rows(name, start, source.read_rows).weights) for start in starts):
+            raise UserError(f"the weights of the {name} rows are all 0; one at least must be larger")
+    return dataset
+
+
+def _fit_arrays(reader: Reader, n_train: int, data: Any, coding: Coding, loss: Loss) -> Preparation:
+    """The preparation of rows that are no table's."""
+    inputs = fit_scaling(reader, n_train, getattr(data, "scaling", "none"))
+    target_scaling = getattr(data, "target_scaling", "none")
+    if target_scaling == "none":
+        return Preparation(coding.task, None, *inputs)
+    if coding.task.kind != "regression" or loss.targets != "real":
+        why = f"loss {loss.name} takes others" if loss.targets != "real" else "these are classes"
+        raise UserError(f"data.target_scaling = {target_scaling!r} is for targets that are real numbers, and {why}")
+    return Preparation(coding.task, None, *inputs, *fit_scaling(reader, n_train, target_scaling, "targets"))
 
 
 def _arrays(data: ArrayData, loss: Loss, preparation: Preparation | None) -> ArrayReader:
@@ -170,12 +192,18 @@ def _arrays(data: ArrayData, loss: Loss, preparation: Preparation | None) -> Arr
     inputs, targets = NpyFile(Path(data.inputs), "data.inputs"), NpyFile(Path(data.targets), "data.targets")
     if len(inputs) != len(targets):
         raise UserError(f"data.inputs has {len(inputs)} rows and data.targets has {len(targets)}; they must be equal")
+    weights = NpyFile(Path(data.weights), "data.weights") if data.weights else None
+    if weights and (len(weights), weights.width) != (len(inputs), 1):
+        raise UserError(
+            f"data.weights: {weights.path} has the shape {weights.shape}; a weight for each of the {len(inputs)} rows "
+            "of data.inputs is needed"
+        )
     if len(targets.shape) == 2 or targets.dtype.kind not in "iu" or loss.targets in ("real", "counts", "signs"):
-        return ArrayReader(inputs, targets)
+        return ArrayReader(inputs, targets, weights=weights)
     if preparation:
-        return ArrayReader(inputs, targets, len(preparation.task.classes))
+        return ArrayReader(inputs, targets, len(preparation.task.classes), weights)
     if data.n_classes:
-        return ArrayReader(inputs, targets, data.n_classes)
+        return ArrayReader(inputs, targets, data.n_classes, weights)
     n_train = _n_train(len(targets), data, data.targets)
     largest = max(int(targets.read(first, min(2**20, n_train - first)).max()) for first in range(0, n_train, 2**20))
     n_classes = max(2, largest + 1)
@@ -184,7 +212,7 @@ def _arrays(data: ArrayData, loss: Loss, preparation: Preparation | None) -> Arr
             f"{data.targets}: the largest class is {n_classes - 1}, but there are only {n_train} training rows; "
             "are these classes? If so, set data.n_classes; for regression use a loss such as squared_error"
         )
-    return ArrayReader(inputs, targets, n_classes)
+    return ArrayReader(inputs, targets, n_classes, weights)
 
 
 def _fit_columns(table: Table, data: TableData, loss: Loss) -> Columns:
@@ -195,6 +223,7 @@ def _fit_columns(table: Table, data: TableData, loss: Loss) -> Columns:
         dropped=data.drop_columns,
         categorical=data.categorical_columns,
         standardised=data.standardise_columns,
+        weight=data.weight_column,
         standardise_targets=loss.targets == "real",
     )
 

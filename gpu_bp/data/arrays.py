@@ -102,28 +102,32 @@ def read_inputs(path: Path, what: str = "inputs") -> np.ndarray:
 
 
 class ArrayReader:
-    """Rows from a pair of .npy files. See `gpu_bp.data.source.Reader`.
+    """Rows from a pair of .npy files, with weights perhaps from a third. See `gpu_bp.data.source.Reader`.
 
     Args:
         inputs, targets: the files; a vector of integers is taken as classes where there are `n_classes`.
         n_classes: how many classes there are, 0 where targets are numbers.
+        weights: of the rows, none of them negative.
     """
 
-    def __init__(self, inputs: NpyFile, targets: NpyFile, n_classes: int = 0) -> None:
+    def __init__(self, inputs: NpyFile, targets: NpyFile, n_classes: int = 0, weights: NpyFile | None = None) -> None:
         self._inputs = inputs
         self._targets = targets
+        self._weights = weights
         self.n_rows = len(inputs)
         self.n_inputs = inputs.width
         self.n_targets = targets.width
         self.classes = tuple(str(k) for k in range(n_classes))
         self.binary = False
+        self.weighted = weights is not None
         self.block_rows = block_rows_for(self.n_inputs + self.n_targets)
         self.where = str(targets.path)
 
     def read(self, first: int, n: int, out: Rows | None = None) -> Rows:
         inputs, targets = real(self._inputs.read(first, n)), self._targets.read(first, n)
+        weights = None if self._weights is None else _read_weights(self._weights, first, n)
         if not self.classes:
-            return Rows(inputs, targets=real(targets))
+            return Rows(inputs, targets=real(targets), weights=weights)
         outside = (targets < 0) | (targets >= len(self.classes))
         if outside.any():
             k = int(np.argmax(outside))
@@ -131,4 +135,14 @@ class ArrayReader:
                 f"{self.where}, row {first + k} (counting from 0): class {targets[k]} is out of range; there are "
                 f"{len(self.classes)} classes, 0 to {len(self.classes) - 1} (data.n_classes sets how many)"
             )
-        return Rows(inputs, labels=targets.astype(np.int64))
+        return Rows(inputs, labels=targets.astype(np.int64), weights=weights)
+
+
+def _read_weights(file: NpyFile, first: int, n: int) -> np.ndarray:
+    weights = real(file.read(first, n))[:, 0]
+    if weights.min() < 0:
+        k = int(np.argmin(weights))
+        raise UserError(
+            f"{file.what}: {file.path}, row {first + k} (counting from 0): the weight is negative, {weights[k]:g}"
+        )
+    return weights

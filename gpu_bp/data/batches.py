@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from gpu_bp.backends import Backend
@@ -14,11 +15,16 @@ from gpu_bp.spec import Array
 
 
 class Batches:
-    """The batches of a source, epoch after epoch.
+    """The batches of a source, epoch after epoch: one a step, or several of at most `part_rows` rows each.
 
     Rows that lie on the device, or are generated there in order, come straight from the source; others by windows
     (see `windows.py`), in blocks of `block_rows` and `window_blocks` of these a window. With sampling "replacement"
-    every batch is full; else each row comes once an epoch, and the last batch may be shorter.
+    every step is full; else each row comes once an epoch, and the last step may be shorter. The rows and their order
+    do not depend on the parts.
+
+    Attributes:
+        size: rows of a step. part_size: rows of a batch, at most.
+        per_epoch: steps an epoch.
     """
 
     def __init__(
@@ -29,16 +35,17 @@ class Batches:
         sampling: Sampling,
         seed: int,
         *,
+        part_rows: int | None = None,
         dtype: Any = "float32",
         block_rows: int | None = None,
         window_blocks: int | None = None,
     ) -> None:
         self._backend = backend
-        self._n_rows = source.n_rows
         self.size = min(batch_size, source.n_rows)
+        self.part_size = min(part_rows or self.size, self.size)
         self.per_epoch = -(-source.n_rows // self.size)
         self._length = self.per_epoch * self.size if sampling == "replacement" else source.n_rows
-        self._arrays = empty(backend, source, self.size, dtype)
+        self._arrays = empty(backend, source, self.part_size, dtype)
         self._windows: Windows | None = None
         from_host = source.backend is not backend
         if source.block_rows > 1 and (sampling == "shuffled" or (sampling == "ordered" and from_host)):
@@ -46,47 +53,54 @@ class Batches:
             self._windows = Windows(backend, source, blocks, dtype)
         else:
             self._source = on_device(backend, source)
-            self._order = Order(backend, sampling, seed, source.n_rows, self._length, self.size)
+            self._order = Order(backend, sampling, seed, source.n_rows, self._length, self.part_size)
 
     def epoch(self, epoch: int, first: int = 0, *, follows: bool = True) -> Iterator[Batch]:
-        """The batches of an epoch from number `first` on; each is valid until the next is asked for.
+        """The batches of an epoch from step number `first` on; each is valid until the next is asked for.
 
         Rows are read ahead beyond the epoch's end where the next one `follows`.
         """
         if self._windows is not None:
-            yield from self._from_windows(self._windows, epoch, first * self.size, follows)
+            yield from self._from_windows(self._windows, epoch, first, follows)
             return
-        for start in range(first * self.size, self._length, self.size):
-            n = min(self.size, self._length - start)
-            rows = self._order.rows(epoch, start, n)
-            batch = Batch(self._arrays.inputs[:n], self._arrays.targets[:n], rows)
+        for start, place, n, last in self._parts(first):
+            rows = self._order.rows(epoch, start + place, n)
+            batch = Batch.of([array[:n] for array in self._arrays.filled], rows, place, last)
             self._source.fill(rows, batch)
             yield batch
 
-    def _from_windows(self, windows: Windows, epoch: int, place: int, follows: bool) -> Iterator[Batch]:
-        size = min(self.size, self._n_rows - place)
-        filled = 0  # rows of the batch in progress, where it began in the window before
-        for window, places in windows.from_place(epoch, place, follows):
+    def _parts(self, first: int) -> Iterator[tuple[int, int, int, bool]]:
+        """The parts of the steps from number `first` on: where the step starts in the epoch, the part's place in the
+        step, its rows, and whether it is the last."""
+        for start in range(first * self.size, self._length, self.size):
+            step = min(self.size, self._length - start)
+            for place in range(0, step, self.part_size):
+                n = min(self.part_size, step - place)
+                yield start, place, n, place + n == step
+
+    def _from_windows(self, windows: Windows, epoch: int, first: int, follows: bool) -> Iterator[Batch]:
+        parts = self._parts(first)
+        filled = 0  # rows of the part in progress, where it began in the window before
+        for window, places in windows.from_place(epoch, first * self.size, follows):
             start, end = 0, window.n if places is None else len(places)
             while start < end:
+                if not filled:
+                    _, place, size, last = next(parts)
                 n = min(size - filled, end - start)
                 if places is None and n == size:
                     batch = window.part(start, start + n)  # it lies in the window as it is
                 else:
-                    part = self._arrays.part(filled, filled + n)
-                    self._gather(window, start, n, places, part)
+                    self._gather(window, start, n, places, self._arrays.part(filled, filled + n))
                     batch = self._arrays.part(0, size)
-                start, filled, place = start + n, filled + n, place + n
+                start, filled = start + n, filled + n
                 if filled == size:
                     windows.upload_what_is_read()
-                    yield batch
-                    filled, size = 0, min(self.size, self._n_rows - place)
+                    yield replace(batch, place=place, last=last)
+                    filled = 0
 
     def _gather(self, window: Batch, start: int, n: int, places: Array | None, out: Batch) -> None:
-        if places is None:
-            for name in ("inputs", "targets", "rows"):
-                getattr(out, name)[...] = getattr(window, name)[start : start + n]
-            return
-        rows = places[start : start + n]
-        for name in ("inputs", "targets", "rows"):
-            self._backend.gather(getattr(window, name), rows, getattr(out, name))
+        for held, array in zip(window.arrays, out.arrays, strict=True):
+            if places is None:
+                array[...] = held[start : start + n]
+            else:
+                self._backend.gather(held, places[start : start + n], array)

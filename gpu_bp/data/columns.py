@@ -48,6 +48,18 @@ class Numeric:
 
 
 @dataclass(frozen=True)
+class Weights(Numeric):
+    """The column of the rows' weights: numbers that are not negative."""
+
+    def read(self, chunk: Chunk) -> np.ndarray:
+        weights = super().read(chunk)
+        if weights.min() < 0:
+            row = int(np.argmin(weights))
+            raise chunk.fault(self.name, row, f"the weight is negative, {weights[row]:g}")
+        return weights
+
+
+@dataclass(frozen=True)
 class Categorical:
     """A categorical column: its categories, as text, in the order of their inputs or classes."""
 
@@ -102,25 +114,32 @@ class Columns:
         dropped: Sequence[str] = (),
         categorical: Sequence[str] = (),
         standardised: Sequence[str] | None = None,
+        weight: str | None = None,
         standardise_targets: bool = True,
     ) -> Columns:
-        """All columns but targets and dropped ones are inputs; the first n_train rows are read, chunk by chunk.
+        """All columns but targets, dropped ones and the weight are inputs; the first n_train rows are read, chunk by
+        chunk.
 
         `standardised` None means every numeric column, targets among them where `standardise_targets`.
         """
-        named = {"target": targets, "drop": dropped, "categorical": categorical, "standardise": standardised or ()}
+        named = {
+            "target_columns": targets,
+            "drop_columns": dropped,
+            "categorical_columns": categorical,
+            "standardise_columns": standardised or (),
+            "weight_column": () if weight is None else (weight,),
+        }
         for key, names in named.items():
             for k, name in enumerate(names):
                 if name not in table.names:
                     raise UserError(f"{table.path}: {unknown('column', name, table.names)}")
                 if name in names[:k]:
-                    raise UserError(f"data.{key}_columns names {name!r} twice")
-        for one, other in (("target", "drop"), ("categorical", "standardise")):
+                    raise UserError(f"data.{key} names {name!r} twice")
+        apart = [("target_columns", "drop_columns"), ("categorical_columns", "standardise_columns")]
+        for one, other in (*apart, *((key, "weight_column") for key in named if key != "weight_column")):
             if both := sorted(set(named[one]) & set(named[other])):
-                raise UserError(
-                    f"{both[0]!r} stands in data.{one}_columns and in data.{other}_columns; it can be one alone"
-                )
-        used = [name for name in table.names if name not in targets and name not in dropped]
+                raise UserError(f"{both[0]!r} stands in data.{one} and in data.{other}; it can be one alone")
+        used = [name for name in table.names if name not in (*targets, *dropped, weight)]
         if not used:
             raise UserError(f"{table.path}: no column is left for the inputs")
 

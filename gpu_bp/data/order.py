@@ -25,19 +25,17 @@ EPOCHS = 256  # at once, at most: on a GPU each is a kernel call
 class Order:
     """The order of the epochs of `n_rows` rows (drawn with replacement: of `length` places), on a backend.
 
-    `batch_size` is how many places are asked for at once, at most.
+    `most` is how many places are asked for at once, at most.
     """
 
-    def __init__(
-        self, backend: Backend, sampling: Sampling, seed: int, n_rows: int, length: int, batch_size: int
-    ) -> None:
+    def __init__(self, backend: Backend, sampling: Sampling, seed: int, n_rows: int, length: int, most: int) -> None:
         self._backend = backend
         self._sampling = sampling
         self._seed = seed
         self._n_rows = n_rows
         self._length = length
         # one chunk of an epoch, or as many epochs as a chunk holds
-        self._chunk = min(length, batch_size * max(1, CHUNK // batch_size))
+        self._chunk = min(length, max(most, CHUNK))
         several = self._chunk == length and sampling != "ordered"
         self._epochs = min(EPOCHS, max(1, CHUNK // length)) if several else 1
         self._places = backend.zeros((self._epochs, self._chunk), np.int64)
@@ -47,12 +45,12 @@ class Order:
 
     def rows(self, epoch: int, start: int, n: int) -> Array:
         """The rows at the places start to start + n of an epoch: (n,) int64 on the device, until the next call."""
-        first = epoch - epoch % self._epochs, start - start % self._chunk
-        if first != self._held:
-            self._compute(*first)
-            self._held = first
-        place = start - first[1]
-        return self._places[epoch - first[0], place : place + n]
+        first = epoch - epoch % self._epochs
+        if self._held is None or self._held[0] != first or not 0 <= start - self._held[1] <= self._chunk - n:
+            self._held = first, start if self._chunk < self._length else 0
+            self._compute(*self._held)
+        place = start - self._held[1]
+        return self._places[epoch - first, place : place + n]
 
     def _compute(self, epoch: int, start: int) -> None:
         places = self._places[:, : min(self._chunk, self._length - start)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,13 +23,16 @@ from gpu_bp.spec import Loss
 class Preparation:
     """What was fitted to the training rows.
 
-    Either `columns` (a table), or for arrays: inputs are (x - shift) / scale, per column.
+    Either `columns` (a table), or for arrays: inputs are (x - shift) / scale, per column, and so are targets by their
+    own shift and scale where there are any.
     """
 
     task: Task
     columns: Columns | None = None
     shift: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
+    target_shift: tuple[float, ...] = ()
+    target_scale: tuple[float, ...] = ()
 
     @cached_property
     def scales(self) -> bool:
@@ -38,7 +41,14 @@ class Preparation:
 
     def inputs(self, raw: np.ndarray) -> np.ndarray:
         """Raw inputs (rows, n_inputs) as the network sees them; those of a table are the same."""
-        return (np.asarray(raw) - np.array(self.shift)) / np.array(self.scale) if self.scales else np.asarray(raw)
+        raw = np.asarray(raw)
+        return np.asarray(scaled(raw, np.array(self.shift), np.array(self.scale))) if self.scales else raw
+
+    def targets(self, raw: np.ndarray) -> np.ndarray:
+        """Raw targets (rows, n_targets) as the network is to give them; those of a table are the same."""
+        if not self.target_shift:
+            return raw
+        return np.asarray(scaled(raw, np.array(self.target_shift), np.array(self.target_scale)))
 
     def raw_inputs(self, inputs: np.ndarray) -> np.ndarray:
         """The inverse of `inputs`."""
@@ -85,6 +95,8 @@ class Preparation:
                 if isinstance(column, Numeric):
                     outputs[:, k] = column.decode(outputs[:, k])
                 k += len(column.names())
+        if self.target_shift:
+            outputs = outputs * np.array(self.target_scale) + np.array(self.target_shift)
         return outputs
 
     def output_names(self, n_outputs: int) -> list[str]:
@@ -100,42 +112,54 @@ class Preparation:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, for the model file."""
-        return {
+        plain = {
             "decision": self.task.decision,
             "classes": list(self.task.classes),
             "columns": self.columns.to_json() if self.columns else None,
             "shift": list(self.shift),
             "scale": list(self.scale),
         }
+        if self.target_shift:
+            plain |= {"target_shift": list(self.target_shift), "target_scale": list(self.target_scale)}
+        return plain
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Preparation:
         """The inverse of `to_json`."""
         columns = Columns.from_json(data["columns"]) if data["columns"] else None
         task = Task(data["decision"], tuple(data["classes"]))
-        return cls(task, columns, tuple(data["shift"]), tuple(data["scale"]))
+        targets = (tuple(data.get(name, ())) for name in ("target_shift", "target_scale"))  # older files have none
+        return cls(task, columns, tuple(data["shift"]), tuple(data["scale"]), *targets)
+
+
+def scaled(x: Any, shift: Any, scale: Any) -> Any:
+    """x from `shift` on, in units of `scale`. Of symbols too."""
+    return (x - shift) / scale
 
 
 # Training rows that a scaling is fitted to, at most.
 FITTED_ROWS = 2**20
 
 
-def fit_scaling(reader: Reader, n_train: int, scaling: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Shift and scale per column of the inputs, fitted to the first `n_train` rows, or a million of them.
+def fit_scaling(
+    reader: Reader, n_train: int, scaling: str, what: Literal["inputs", "targets"] = "inputs"
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Shift and scale per column of the inputs, or targets, fitted to the first `n_train` rows, or a million of them.
 
     "standardise": mean and standard deviation. "max-abs": the mean, then the largest absolute value of what
     remains. A column that does not vary keeps scale 1.
     """
-    n_inputs = reader.n_inputs
+    width = reader.n_inputs if what == "inputs" else reader.n_targets
     if scaling == "none":
-        return (0.0,) * n_inputs, (1.0,) * n_inputs
+        return (0.0,) * width, (1.0,) * width
     n = min(n_train, FITTED_ROWS)
 
     def blocks() -> Iterator[np.ndarray]:
-        step = max(1, 2**20 // n_inputs)
-        return (reader.read(start, min(step, n - start)).inputs.astype(np.float64) for start in range(0, n, step))
+        step = max(1, 2**20 // reader.n_inputs)
+        rows = (reader.read(start, min(step, n - start)) for start in range(0, n, step))
+        return (getattr(read, what).astype(np.float64) for read in rows)
 
-    total, low, high = np.zeros(n_inputs), np.full(n_inputs, np.inf), np.full(n_inputs, -np.inf)
+    total, low, high = np.zeros(width), np.full(width, np.inf), np.full(width, -np.inf)
     with np.errstate(over="ignore", invalid="ignore"):
         for x in blocks():
             total += x.sum(axis=0)
@@ -145,11 +169,11 @@ def fit_scaling(reader: Reader, n_train: int, scaling: str) -> tuple[tuple[float
         shift = np.where(constant, low, total / n)
         scale = np.where(constant, 1.0, np.maximum(high - shift, shift - low))
         if scaling == "standardise":  # as parts of the largest, whose squares neither overflow nor vanish
-            square = sum((((x - shift) / scale) ** 2).sum(axis=0) for x in blocks())
+            square = sum((scaled(x, shift, scale) ** 2).sum(axis=0) for x in blocks())
             scale = np.where(constant, 1.0, scale * np.sqrt(square / n))
     if not np.isfinite(scale).all():
         column = int(np.argmin(np.isfinite(scale)))
-        raise UserError(f"{reader.where}: the inputs of column {column} (counting from 0) are too large to be scaled")
+        raise UserError(f"{reader.where}: the {what} of column {column} (counting from 0) are too large to be scaled")
     return tuple(shift.tolist()), tuple(scale.tolist())
 
 

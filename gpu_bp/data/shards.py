@@ -52,6 +52,7 @@ class ShardReader:
         self.n_targets = manifest.n_targets
         self.classes = manifest.classes
         self.binary = manifest.binary
+        self.weighted = False
         self.block_rows = manifest.block_rows
         self.where = str(folder)
 

@@ -8,6 +8,7 @@ range can be asked for at any time.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 BLOCK_ROWS = 1024
 BLOCK_BYTES = 2**20  # of numbers of 8 bytes, whatever they are in the file
+
+# Numbers that are read at once: few calls for long ranges, and what is made on the way stays small.
+READ_NUMBERS = 2**20
 
 
 def block_rows_for(width: int) -> int:
@@ -50,10 +54,30 @@ class Batch:
     def n(self) -> int:
         return len(self.inputs)
 
+    @classmethod
+    def of(cls, filled: Sequence[Array], rows: Array, place: int = 0, last: bool = True) -> Batch:
+        """A batch of what a source fills, and of row numbers."""
+        inputs, targets, *weights = filled
+        return cls(inputs, targets, rows, weights[0] if weights else None, place, last)
+
+    @property
+    def filled(self) -> tuple[Array, ...]:
+        """What a source fills: inputs, targets, and weights where there are any."""
+        return (self.inputs, self.targets) if self.weights is None else (self.inputs, self.targets, self.weights)
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """What a source fills, and the row numbers."""
+        return *self.filled, self.rows
+
+    def map(self, change: Callable[[Array], Array]) -> Batch:
+        """A batch of arrays made of these, one of each."""
+        *filled, rows = map(change, self.arrays)
+        return Batch.of(filled, rows)
+
     def part(self, start: int, end: int) -> Batch:
         """The rows from start to end: views."""
-        weights = None if self.weights is None else self.weights[start:end]
-        return Batch(self.inputs[start:end], self.targets[start:end], self.rows[start:end], weights)
+        return self.map(lambda array: array[start:end])
 
 
 @dataclass(frozen=True)
@@ -61,11 +85,13 @@ class Rows:
     """Rows as they stand in a file: inputs (n, n_inputs), and what is wanted of them.
 
     Either `labels`, (n,) int64 numbers of classes, whose coding is the loss's affair; or `targets`, (n, n_targets).
+    Perhaps `weights` (n,), none negative.
     """
 
     inputs: np.ndarray
     targets: np.ndarray | None = None
     labels: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     @property
     def wanted(self) -> np.ndarray:
@@ -79,8 +105,8 @@ class Reader(Protocol):
     """Rows as they stand in files, by number.
 
     `classes` names the classes of labels, and is empty where targets are numbers; `n_targets` is then how many a
-    row has (1 for labels), and `binary` says that they are 0 and 1. `block_rows` are best read together. `where` the
-    rows come from is said in errors.
+    row has (1 for labels), and `binary` says that they are 0 and 1. `weighted`: rows have weights. `block_rows` are
+    best read together. `where` the rows come from is said in errors.
     """
 
     n_rows: int
@@ -88,6 +114,7 @@ class Reader(Protocol):
     n_targets: int
     classes: tuple[str, ...]
     binary: bool
+    weighted: bool
     block_rows: int
     where: str
 
@@ -110,6 +137,7 @@ class Source(ABC):
         n_targets: numbers a row has as targets; with `indexed`, how many classes there are.
         task: what is asked of the network.
         indexed: targets are class indices (n,) int64, as for loss cross_entropy, and not numbers (n, n_targets).
+        weighted: rows have weights, finite and not negative, not all of them 0.
         block_rows: rows that are best asked for together; 1 where any rows come as fast as consecutive ones.
 
     Attributes:
@@ -126,6 +154,7 @@ class Source(ABC):
         task: Task,
         *,
         indexed: bool = False,
+        weighted: bool = False,
         block_rows: int = BLOCK_ROWS,
     ) -> None:
         self.n_rows = n_rows
@@ -133,11 +162,17 @@ class Source(ABC):
         self.n_targets = n_targets
         self.task = task
         self.indexed = indexed
+        self.weighted = weighted
         self.block_rows = block_rows
+
+    @property
+    def read_rows(self) -> int:
+        """Rows to ask for at once where many are wanted: whole blocks, of about a million numbers."""
+        return self.block_rows * max(1, READ_NUMBERS // (self.block_rows * (self.n_inputs + 1)))
 
     @abstractmethod
     def fill(self, rows: Array, batch: Batch) -> None:
-        """Writes the rows of these numbers, (n,) int64, into batch.inputs and batch.targets.
+        """Writes the rows of these numbers, (n,) int64, into batch.inputs, batch.targets and, if any, batch.weights.
 
         A pure function of the row numbers: whatever else is asked for, and in whatever order, row i is the same.
         """

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from gpu_bp.backends import Backend
-from gpu_bp.data.preparation import Coding, Preparation, check_targets
-from gpu_bp.data.source import Batch, Reader, Rows, Source, block_rows_for
+from gpu_bp.data.preparation import Coding, Preparation, check_targets, scaled
+from gpu_bp.data.source import READ_NUMBERS, Batch, Reader, Rows, Source, block_rows_for
 from gpu_bp.data.synthetic import Set
 from gpu_bp.errors import UserError
 from gpu_bp.formula import Columns, Place, Program, runs
 from gpu_bp.spec import Array, Loss
 
-# Inputs that are read at once: few calls for long ranges, and what is made on the way stays small.
-READ_NUMBERS = 2**20
+# Of a preparation, and as tables of a program.
+SCALING, TARGET_SCALING = ("shift", "scale"), ("target_shift", "target_scale")
 
 
 def put(values: np.ndarray, out: np.ndarray, what: str, first: int = 0) -> None:
@@ -49,6 +49,7 @@ class FileSource(Source):
             coding.n_targets,
             coding.task,
             indexed=coding.indexed,
+            weighted=reader.weighted,
             block_rows=reader.block_rows,
         )
         self._reader = reader
@@ -71,13 +72,11 @@ class FileSource(Source):
         if read.labels is None:
             check_targets(read.wanted, self._loss, where, first)
         width = self._coding.width
-        wanted = read.wanted.reshape(len(batch.rows), -1)
-        put(
-            self._coding.code(wanted, np.arange(width)[None]),
-            batch.targets.reshape(-1, width),
-            f"{where}, targets",
-            first,
-        )
+        coded = self._coding.code(read.wanted.reshape(len(batch.rows), -1), np.arange(width)[None])
+        put(self._preparation.targets(coded), batch.targets.reshape(-1, width), f"{where}, targets", first)
+        if read.weights is not None:
+            assert batch.weights is not None
+            put(read.weights[:, None], batch.weights[:, None], f"{where}, weights", first)
 
 
 class GeneratedSource(Source):
@@ -94,17 +93,16 @@ class GeneratedSource(Source):
         self.backend = backend
         self._seed = seed
         self._first = first
-        scaled = preparation.scales
-        tables = dict(made.tables)
-        if scaled:
-            tables |= {"shift": np.array(preparation.shift), "scale": np.array(preparation.scale)}
+        names = (SCALING if preparation.scales else ()) + (TARGET_SCALING if preparation.target_shift else ())
+        tables = dict(made.tables) | {name: np.array(getattr(preparation, name)) for name in names}
 
         def inputs(at: Place) -> Any:
             x = made.inputs.formula(at)
-            return (x - at.table("shift", at.column)) / at.table("scale", at.column) if scaled else x
+            return scaled(x, *(at.table(name, at.column) for name in SCALING)) if preparation.scales else x
 
         def targets(at: Place) -> Any:
-            return coding.code(made.target.formula(at), at.column)
+            d = coding.code(made.target.formula(at), at.column)
+            return scaled(d, *(at.table(name, at.column) for name in TARGET_SCALING)) if preparation.target_shift else d
 
         outputs = (Columns(n_inputs, inputs), Columns(coding.width, targets))
         self._program = Program(outputs, made.stages, tables)
@@ -124,6 +122,7 @@ class SetReader:
         self.n_targets = made.target.width
         self.classes = made.classes
         self.binary = made.binary
+        self.weighted = False
         self.block_rows = block_rows_for(self.n_inputs + self.n_targets)
         self.where = where
         self._program = Program((made.inputs, made.target), made.stages, made.tables)
@@ -145,22 +144,29 @@ class ResidentSource(Source):
 
     def __init__(self, backend: Backend, source: Source, dtype: Any) -> None:
         super().__init__(
-            source.n_rows, source.n_inputs, source.n_targets, source.task, indexed=source.indexed, block_rows=1
+            source.n_rows,
+            source.n_inputs,
+            source.n_targets,
+            source.task,
+            indexed=source.indexed,
+            weighted=source.weighted,
+            block_rows=1,
         )
         self.backend = backend
-        self.inputs, self.targets = arrays(backend, source, source.n_rows, dtype)
-        step = source.block_rows * max(1, 2**20 // (source.block_rows * (source.n_inputs + 1)))
+        self._held = arrays(backend, source, source.n_rows, dtype)
+        self.inputs, self.targets = self._held[:2]
+        step = source.read_rows
         loader = on_device(backend, source)
         numbers = backend.zeros((min(step, self.n_rows),), np.int64)
         for start in range(0, self.n_rows, step):
             end = min(start + step, self.n_rows)
             rows = numbers[: end - start]
             backend.count(start, rows)
-            loader.fill(rows, Batch(self.inputs[start:end], self.targets[start:end], rows))
+            loader.fill(rows, Batch.of([array[start:end] for array in self._held], rows))
 
     def fill(self, rows: Array, batch: Batch) -> None:
-        self.backend.gather(self.inputs, rows, batch.inputs)
-        self.backend.gather(self.targets, rows, batch.targets)
+        for held, out in zip(self._held, batch.filled, strict=True):
+            self.backend.gather(held, rows, out)
 
 
 class UploadedSource(Source):
@@ -175,17 +181,18 @@ class UploadedSource(Source):
             source.n_targets,
             source.task,
             indexed=source.indexed,
+            weighted=source.weighted,
             block_rows=source.block_rows,
         )
         self.backend = backend
         self._source = source
 
     def fill(self, rows: Array, batch: Batch) -> None:
-        inputs, targets, numbers = (self.backend.staging(x) for x in (batch.inputs, batch.targets, batch.rows))
-        staging = Batch(inputs, targets, numbers)
-        self._source.fill(self.backend.to_host(rows), staging)
-        self.backend.upload(staging.inputs, batch.inputs)
-        self.backend.upload(staging.targets, batch.targets)
+        numbers = self.backend.to_host(rows)
+        staging = Batch.of([self.backend.staging(array) for array in batch.filled], numbers)
+        self._source.fill(numbers, staging)
+        for host, array in zip(staging.filled, batch.filled, strict=True):
+            self.backend.upload(host, array)
         self.backend.await_uploads()
         self.backend.finish_uploads()  # the staging memory goes
 
@@ -196,15 +203,16 @@ def on_device(backend: Backend, source: Source) -> Source:
     return source if here else UploadedSource(backend, source)
 
 
-def arrays(backend: Backend, source: Source, n: int, dtype: Any) -> tuple[Array, Array]:
-    """Inputs and targets for n rows of a source, not yet filled, their numbers of that dtype."""
+def arrays(backend: Backend, source: Source, n: int, dtype: Any) -> list[Array]:
+    """What a source fills for n rows, not yet filled, numbers of that dtype."""
     targets = backend.zeros((n,), np.int64) if source.indexed else backend.zeros((n, source.n_targets), dtype)
-    return backend.zeros((n, source.n_inputs), dtype), targets
+    weights = [backend.zeros((n,), dtype)] if source.weighted else []
+    return [backend.zeros((n, source.n_inputs), dtype), targets, *weights]
 
 
 def empty(backend: Backend, source: Source, n: int, dtype: Any) -> Batch:
     """A batch of n rows for a source, not yet filled."""
-    return Batch(*arrays(backend, source, n, dtype), backend.zeros((n,), np.int64))
+    return Batch.of(arrays(backend, source, n, dtype), backend.zeros((n,), np.int64))
 
 
 def settle(
@@ -217,7 +225,10 @@ def settle(
     """
     n_rows = sum(source.n_rows for source in sources.values())
     item = np.dtype(dtype).itemsize
-    n_bytes = sum(s.n_rows * (s.n_inputs * item + (8 if s.indexed else s.n_targets * item)) for s in sources.values())
+    n_bytes = sum(
+        s.n_rows * ((s.n_inputs + s.weighted) * item + (8 if s.indexed else s.n_targets * item))
+        for s in sources.values()
+    )
     size = f"{n_rows:,} rows, {n_bytes / 2**20:,.{0 if n_bytes >= 2**20 else 3}f} MiB"
     if residency == "host" or (residency == "auto" and n_bytes > backend.resident_bytes):
         generated = sources["train"].backend is not None

@@ -22,6 +22,7 @@ from gpu_bp.config_data import (
     Friedman2,
     Friedman3,
     GaussianBlobs,
+    Heteroscedastic,
     Linear,
     Parity,
     Patterns,
@@ -102,12 +103,19 @@ def two_spirals(data: TwoSpirals, seed: int) -> Set:
 
 
 def gaussian_blobs(data: GaussianBlobs, seed: int) -> Set:
-    """Standard normal clouds: that of class k stands at `shift` along axis k, so that all are equally far apart."""
-    shift = shift_for(data.bayes_error, data.n_classes)
+    """Standard normal clouds: that of class k stands at `shift` along axis k, so that all are equally far apart.
+
+    A row's class is that in whose share of [0, 1), as wide as its proportion, one uniform number falls.
+    """
+    error = 0.1 if data.bayes_error is None else data.bayes_error
+    shift = shift_for(error, data.n_classes) if data.distance is None else data.distance / np.sqrt(2)
     points, labels = Draws(Purpose.INPUTS, data.n_inputs), Draws(Purpose.LABELS, 1)
+    ends = np.cumsum(data.proportions or [1.0] * data.n_classes)
+    even = len(set(data.proportions or [1.0])) == 1
 
     def label(at: Place) -> Any:
-        return np.floor(data.n_classes * at.uniform(labels, 0))
+        u = at.uniform(labels, 0)
+        return np.floor(data.n_classes * u) if even else sum(u >= end for end in (ends[:-1] / ends[-1]).tolist())
 
     def inputs(at: Place) -> Any:
         return at.normal(points, at.column) + np.where(at.column == label(at), shift, 0.0)
@@ -329,6 +337,17 @@ def sine_mixture(data: SineMixture, seed: int) -> Set:
     return Set(data.rows, Columns(1, inputs), Columns(1, target))
 
 
+def heteroscedastic(data: Heteroscedastic, seed: int) -> Set:
+    """sin(2 pi x) and normal noise of standard deviation noise (0.1 + x), x uniform on [0, 1)."""
+    draws = Draws(Purpose.INPUTS, 1)
+
+    def target(at: Place) -> Any:
+        x = at.uniform(draws, 0)
+        return at.sinpi(2 * x) + (0.1 + x) * _noise(at, data.noise, 1)
+
+    return Set(data.rows, Columns(1, lambda at: at.uniform(draws, 0)), Columns(1, target))
+
+
 SETS: dict[type, Callable[[Any, int], Set]] = {
     DoubleMoon: double_moon,
     Xor: xor,
@@ -344,6 +363,7 @@ SETS: dict[type, Callable[[Any, int], Set]] = {
     Friedman2: friedman2,
     Friedman3: friedman3,
     SineMixture: sine_mixture,
+    Heteroscedastic: heteroscedastic,
 }
 
 

@@ -44,6 +44,7 @@ class Blocks:
     @classmethod
     def of(cls, source: Source, sampling: Sampling, seed: int, rows: int | None, window: int | None) -> Blocks:
         """Blocks of so many rows and windows of so many blocks, or by default what suits the source."""
+        # weights are left out, so that the order does not depend on whether there are any
         row_bytes = 8 * (source.n_inputs + (1 if source.indexed else source.n_targets))
         window_bytes = ORDERED_BYTES if sampling == "ordered" else WINDOW_BYTES
         if rows is None:  # in order, rows that are best asked for together are so in parts too
@@ -105,10 +106,7 @@ class Slot:
 
     def __init__(self, backend: Backend, source: Source, n: int, dtype: Any) -> None:
         self.device = empty(backend, source, n, dtype)
-        here = source.backend is backend
-        device, staging = self.device, backend.staging
-        inputs, targets, rows = (staging(x) if not here else x for x in (device.inputs, device.targets, device.rows))
-        self.filled = device if here else Batch(inputs, targets, rows)
+        self.filled = self.device if source.backend is backend else self.device.map(backend.staging)
         self.blocks: list[tuple[int, int]] = []  # that it holds, or is about to
         self.reading: Future[None] | None = None
 
@@ -216,5 +214,5 @@ class Windows:
 
     def _upload(self, slot: Slot) -> None:
         if slot.filled is not slot.device:
-            for name in ("inputs", "targets", "rows"):
-                self._backend.upload(getattr(slot.filled, name), getattr(slot.device, name))
+            for host, array in zip(slot.filled.arrays, slot.device.arrays, strict=True):
+                self._backend.upload(host, array)

@@ -109,6 +109,8 @@ def generate(b: Any, made: Set, dtype: str) -> None:
     for name in ("squared_error", *(["cross_entropy"] if made.classes else [])):
         loss, n = registry.loss(name), made.inputs.width
         coding = code_labels(made.classes, loss) if made.classes else code_targets(made.target.width, made.binary, loss)
-        preparation = Preparation(coding.task, shift=(0.5,) * n, scale=(2.0,) * n)
-        source = GeneratedSource(b, made, 0, 0, 100, preparation, coding)
-        source.fill(rows, empty(b, source, 2, dtype))
+        scaling = {"shift": (0.5,) * n, "scale": (2.0,) * n}
+        targets = {"target_shift": (0.5,) * made.target.width, "target_scale": (2.0,) * made.target.width}
+        for chosen in (scaling, *([] if made.classes else [scaling | targets])):
+            source = GeneratedSource(b, made, 0, 0, 100, Preparation(coding.task, **chosen), coding)
+            source.fill(rows, empty(b, source, 2, dtype))
