@@ -44,6 +44,7 @@ app = typer.Typer(
 
 BackendOption = Annotated[str, typer.Option(help="auto, numpy or cupy; auto takes a GPU where one computes.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TrustOption = Annotated[bool, typer.Option("--trust-code", help="Run the code that the run names as MODULE:OBJECT.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
 ConfigArgument = Annotated[Path, typer.Argument(help="A config file (TOML).")]
 OverridesArgument = Annotated[
@@ -117,9 +118,11 @@ def train(
 
 
 @app.command()
-def evaluate(run: RunArgument, backend: BackendOption = "auto", as_json: JsonOption = False) -> None:
+def evaluate(
+    run: RunArgument, backend: BackendOption = "auto", as_json: JsonOption = False, trust_code: TrustOption = False
+) -> None:
     """Compute a run's metrics on its splits again."""
-    result = evaluate_run(run, backend=backend)
+    result = evaluate_run(run, backend=backend, trust_code=trust_code)
     if as_json:
         _print_json(result)
     else:
@@ -135,12 +138,13 @@ def predict(
         Path | None, typer.Option("-o", "--out", help="A .csv or .npy file; by default csv, printed.")
     ] = None,
     backend: BackendOption = "auto",
+    trust_code: TrustOption = False,
 ) -> None:
     """Predict from raw rows, in raw units: values, or class and probabilities."""
     if out is not None and out.suffix not in (".csv", ".npy"):
         raise UserError(f"{out}: the output must be a .csv or .npy file")
     folder = RunFolder.open(run)
-    names, columns = Model.load(folder.model_file, select(backend)[0]).predict(file)
+    names, columns = Model.load(folder.model_file, select(backend)[0], trust_code=trust_code).predict(file)
     if out is None:
         print(_csv(names, columns), end="")
         return

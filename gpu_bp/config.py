@@ -6,12 +6,12 @@ Schema, for editors.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from gpu_bp import registry
-from gpu_bp.config_choice import Choice, with_parameters_of
+from gpu_bp.config_choice import Choice, names_of, with_parameters_of
 from gpu_bp.config_data import Data
 from gpu_bp.config_network import NetworkSection
 from gpu_bp.config_schedule import Constant, ScheduleSection
@@ -20,13 +20,14 @@ from gpu_bp.config_types import Section
 from gpu_bp.errors import UserError
 from gpu_bp.spec import Activation, FusedLoss, Loss, RowActivation
 
-LossName = Annotated[str, Field(json_schema_extra={"enum": [*registry.LOSSES]})]
+LossName = Annotated[str, Field(json_schema_extra=names_of(registry.LOSSES))]
 
 
 class LossSection(Choice):
     """The loss, and its parameters beside its name: {kind = "huber", threshold = 0.5}."""
 
     model_config = ConfigDict(json_schema_extra=with_parameters_of(registry.LOSSES))
+    what = "loss"
     kind: LossName = "squared_error"
     class_weight: Literal["balanced"] | dict[str, float] | None = Field(
         None, description="what the rows of each class weigh: balanced, or numbers by the class's name, the others 1"
@@ -40,14 +41,9 @@ class LossSection(Choice):
             raise ValueError(f'must be "balanced", or a number a class such as {{cat = 2.0}}, not {value!r}')
         return value
 
-    @model_validator(mode="after")
-    def _known(self) -> LossSection:
-        self.record()
-        return self
-
     def record(self) -> Loss:
         """The loss with its parameters."""
-        return registry.loss(self.kind, **self.parameters)
+        return cast(Loss, self.chosen())
 
 
 class Config(Section):
@@ -71,9 +67,10 @@ class Config(Section):
         loss, asked = self.loss.record(), self.network.output_activation
         own = loss.output_activation if isinstance(loss, FusedLoss) else "identity"
         record = asked.record() if asked else registry.activation(own)
-        if isinstance(loss, FusedLoss) and record.name != own:
+        called = record.origin or record.name  # one's own may have a name of the package's
+        if isinstance(loss, FusedLoss) and called != own:
             raise UserError(
-                f"network.output_activation: {loss.name} goes with {own} alone, not {record.name}; leave the key out"
+                f"network.output_activation: {loss.name} goes with {own} alone, not {called}; leave the key out"
             )
         if not isinstance(loss, FusedLoss) and isinstance(record, RowActivation):
             raise UserError(f"network.output_activation: {record.name} needs loss.kind = 'cross_entropy'")

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from gpu_bp.config import Config
 from gpu_bp.errors import UserError, nearest
+from gpu_bp.own import absolute, change_names, names, refuse_untrusted
+from gpu_bp.spec import Record
 
 # Keys that name files: made absolute when a config is read.
 PATH_KEYS = (
@@ -24,8 +26,14 @@ PATH_KEYS = (
 )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, own: Sequence[Record] = (), trust_code: bool = True
+) -> Config:
     """The config in a TOML file. Overrides are `KEY.PATH=VALUE`, VALUE in TOML, or else a string.
+
+    Args:
+        own: records of one's own that it names, passed again.
+        trust_code: whether what it names as `module:object` may be imported.
 
     Raises:
         UserError: no such file, not TOML (which line), an unknown key or name, a wrong type or value.
@@ -45,18 +53,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"config {path} is empty")
     for override in overrides:
         _override(raw, override)
-    return parse_config({"name": _run_name(path), **raw}, where=str(path))
+    return parse_config({"name": _run_name(path), **raw}, str(path), own=own, trust_code=trust_code)
 
 
-def parse_config(raw: Mapping[str, Any], where: str = "config") -> Config:
+def parse_config(
+    raw: Mapping[str, Any], where: str = "config", *, own: Sequence[Record] = (), trust_code: bool = True
+) -> Config:
     """The config in nested tables, as a TOML file holds them; paths are made absolute.
 
     Raises:
         UserError: as `load_config`.
     """
-    raw = _absolute(raw)
+    raw = change_names(_absolute(raw), absolute)
+    refuse_untrusted(names(raw), where, own, trust_code)
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(raw, context={"own": own})
     except ValidationError as error:
         raise UserError(f"{where}: {_describe(error, raw)}") from None
 
@@ -122,8 +133,8 @@ def _describe(error: ValidationError, raw: Mapping[str, Any]) -> str:
         return f"{key} must be a table, not {_shorten(given)}"
     if kind in ("union_tag_invalid", "literal_error"):
         key, given = (f"{key}.kind", context["tag"]) if "tag" in context else (key, given)
-        names = context.get("expected_tags") or context["expected"]
-        known = [name.strip(" '") for name in re.split(", | or ", names)]
+        expected = context.get("expected_tags") or context["expected"]
+        known = [name.strip(" '") for name in re.split(", | or ", expected)]
         return f"{key}: unknown {_shorten(given)}; {nearest(str(given), known)}"
     if kind != "value_error":
         message = f"{message[0].lower()}{message[1:]}, not {_shorten(given)}"

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from gpu_bp import registry
-from gpu_bp.config_choice import Choice, listed, named, with_parameters_of
+from gpu_bp.config_choice import Choice, listed, named, names_of, with_parameters_of
 from gpu_bp.config_types import Finite, Positive, Section, Width
 from gpu_bp.spec import Activation, RowActivation
 
-# The names of the table, for the JSON Schema; validation asks the registry.
-ActivationName = Annotated[str, Field(json_schema_extra={"enum": [*registry.ACTIVATIONS]})]
+ActivationName = Annotated[str, Field(json_schema_extra=names_of(registry.ACTIVATIONS))]
 
 
 class ActivationChoice(Choice):
     """An activation by name, and its parameters."""
 
     model_config = ConfigDict(json_schema_extra=with_parameters_of(registry.ACTIVATIONS))
+    what = "activation"
     kind: ActivationName
-
-    @model_validator(mode="after")
-    def _known(self) -> ActivationChoice:
-        self.record()
-        return self
 
     def record(self) -> Activation | RowActivation:
         """The activation with its parameters."""
-        return registry.activation(self.kind, **self.parameters)
+        return cast(Activation | RowActivation, self.chosen())
 
 
 class UniformWeights(Section):

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import ConfigDict, Field, model_validator
 
 from gpu_bp import registry
-from gpu_bp.config_choice import Choice, with_parameters_of
+from gpu_bp.config_choice import Choice, names_of, with_parameters_of
 from gpu_bp.config_types import Count, Positive, Rows, Section
 from gpu_bp.spec import Update
 
-UpdateName = Annotated[str, Field(json_schema_extra={"enum": [*registry.UPDATES]})]
+UpdateName = Annotated[str, Field(json_schema_extra=names_of(registry.UPDATES))]
 
 
 class OptimizerSection(Choice):
     """The update rule, and its parameters beside its name: {kind = "adam", learning_rate = 0.001, eps = 1e-7}."""
 
     model_config = ConfigDict(json_schema_extra=with_parameters_of(registry.UPDATES))
+    what = "optimizer"
     kind: UpdateName = "sgd"
     learning_rate: Positive = Field(description="at the first step")
 
-    @model_validator(mode="after")
-    def _known(self) -> OptimizerSection:
-        self.record()
-        return self
-
     def record(self) -> Update:
         """The update rule with its parameters."""
-        return registry.update(self.kind, **self.parameters)
+        return cast(Update, self.chosen())
 
 
 class TrainSection(Section):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,7 +19,8 @@ from gpu_bp.data.sources import put
 from gpu_bp.errors import UserError
 from gpu_bp.initial import read_tensors
 from gpu_bp.network import Network
-from gpu_bp.spec import Activation, RowActivation
+from gpu_bp.own import refuse_untrusted
+from gpu_bp.spec import Activation, Record, RowActivation
 
 KEY = "gpu_bp"  # of the one entry of the file's metadata: with more, their order and so the bytes would vary
 FORMAT = 1
@@ -37,7 +39,7 @@ class Model:
         description = {
             "format": FORMAT,
             "widths": network.widths,
-            "activations": [{"kind": layer.activation.name, **layer.activation.values} for layer in network.layers],
+            "activations": [_named_record(layer.activation) for layer in network.layers],
             "biases": network.biases,
             "normalise": network.normalise,
             "residual": network.residual,
@@ -49,11 +51,15 @@ class Model:
         part.replace(path)
 
     @classmethod
-    def load(cls, path: Path, backend: Backend) -> Model:
+    def load(cls, path: Path, backend: Backend, *, own: Sequence[Record] = (), trust_code: bool = False) -> Model:
         """Reads the file.
 
+        Args:
+            own: records of one's own that it names, passed again.
+            trust_code: whether what it names as `module:object` may be imported.
+
         Raises:
-            UserError: it is missing, or not a model that `save` wrote.
+            UserError: it is missing, not a model that `save` wrote, or names code that is not trusted.
         """
         tensors = read_tensors(path)
         try:
@@ -62,9 +68,11 @@ class Model:
             description: dict[str, Any] = json.loads(metadata[KEY])
             if description["format"] != FORMAT:
                 raise UserError(f"{path} has model format {description['format']}, this version reads {FORMAT}")
+            choices = description["activations"]
+            refuse_untrusted((c["kind"] for c in choices if ":" in c["kind"]), str(path), own, trust_code)
             network = Network(
                 description["widths"],
-                [_activation(**choice) for choice in description["activations"]],
+                [_activation(own, **choice) for choice in choices],
                 biases=description["biases"],
                 normalise=description.get("normalise", False),  # older files have neither
                 residual=description.get("residual", False),
@@ -101,8 +109,14 @@ class Model:
         return [*(f"class_{name}" for name in names), *names], [*decided.T, *values]
 
 
-def _activation(kind: str, **parameters: float) -> Activation | RowActivation:
-    return registry.activation(kind, **parameters)
+def _named_record(record: Record) -> dict[str, Any]:
+    kind, values = registry.name_of(record)
+    return {"kind": kind, **values}
+
+
+def _activation(own: Sequence[Record], kind: str, **parameters: Any) -> Activation | RowActivation:
+    record = registry.choose(registry.find("activation", kind, own), kind, parameters)
+    return cast(Activation | RowActivation, record)
 
 
 def _named(decided: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:

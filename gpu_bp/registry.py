@@ -5,8 +5,11 @@ activation("leaky_relu", slope=0.1)  ->  an Activation record with its parameter
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
 
+from gpu_bp import own
 from gpu_bp.errors import UserError, unknown
 from gpu_bp.spec import Activation, Loss, Record, RowActivation, Update
 
@@ -49,10 +52,13 @@ __all__ = [
     "Permutations",
     "Purpose",
     "activation",
+    "choose",
     "dropout",
     "element_of_step",
+    "find",
     "limit_norm",
     "loss",
+    "name_of",
     "normalise",
     "normalise_delta",
     "normals",
@@ -60,9 +66,6 @@ __all__ = [
     "uniforms",
     "update",
 ]
-
-
-R = TypeVar("R", bound=Record)
 
 
 def _table(records: tuple[Any, ...], aliases: dict[str, str]) -> dict[str, Any]:
@@ -78,29 +81,62 @@ PENALTIES = {penalty.name: penalty for penalty in penalties.PENALTIES}  # in the
 UPDATES: dict[str, Update] = _table(updates.UPDATES, updates.ALIASES)
 
 
-def _find(what: str, table: dict[str, R], name: str, parameters: dict[str, Any]) -> R:
+TABLES: dict[str, tuple[dict[str, Any], tuple[type[Record], ...]]] = {
+    "activation": (ACTIVATIONS, (Activation, RowActivation)),
+    "loss": (LOSSES, (Loss,)),
+    "optimizer": (UPDATES, (Update,)),
+}
+
+
+def find(what: str, name: str, passed: Sequence[Record] = ()) -> Record:
+    """The record of that name: an activation, a loss or an optimizer, of the package or of one's own.
+
+    Args:
+        what: a key of `TABLES`. name: one of its names, or `module:object`, see `own.py`.
+        passed: records of one's own that were passed from Python.
+
+    Raises:
+        UserError: no such record, or it is of another kind.
+    """
+    table, kinds = TABLES[what]
+    if ":" in name:
+        return own.find(name, kinds, passed)
     if name not in table:
         raise unknown(what, name, table)
+    return cast(Record, table[name])
+
+
+def choose(record: Record, name: str, parameters: dict[str, Any]) -> Record:
+    """The record found under that name, with parameters chosen. Raises UserError where it does not take them."""
     try:
-        return table[name].with_parameters(**parameters)
+        chosen = record.with_parameters(**parameters)
     except ValueError as error:
         raise UserError(str(error)) from None
+    return replace(chosen, origin=name) if ":" in name else chosen
+
+
+def name_of(record: Record) -> tuple[str, dict[str, Any]]:
+    """What a record is called in a config or a model file, and the values to be written beside that name."""
+    for table, _ in TABLES.values():
+        if own.same_formula(table.get(record.name), record):
+            return record.name, dict(record.values)
+    return (record.origin, dict(record.values)) if record.origin else own.name_of(record)
 
 
 def activation(name: str, /, **parameters: Any) -> Activation | RowActivation:
-    """The activation of that name, or alias, with parameters such as `slope` chosen.
+    """The activation of that name, or alias, with parameters such as `slope` chosen; `module:object` is one's own.
 
     Raises:
         UserError: no such activation, no such parameter, or a value out of range.
     """
-    return _find("activation", ACTIVATIONS, name, parameters)
+    return cast(Activation | RowActivation, choose(find("activation", name), name, parameters))
 
 
 def loss(name: str, /, **parameters: Any) -> Loss:
     """The loss of that name, with parameters such as `threshold` chosen. Raises UserError as `activation`."""
-    return _find("loss", LOSSES, name, parameters)
+    return cast(Loss, choose(find("loss", name), name, parameters))
 
 
 def update(name: str, /, **parameters: Any) -> Update:
     """The update rule of that name, with parameters such as `momentum` chosen. Raises UserError likewise."""
-    return _find("optimizer", UPDATES, name, parameters)
+    return cast(Update, choose(find("optimizer", name), name, parameters))

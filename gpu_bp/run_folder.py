@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from gpu_bp.config import Config
 from gpu_bp.config_file import dump_config, load_config
 from gpu_bp.errors import UserError
+from gpu_bp.spec import Record
 
 
 class RunFolder:
@@ -74,9 +76,9 @@ class RunFolder:
                 raise UserError(f"{path} is not a run folder: it has no {file.name}")
         return folder
 
-    def config(self) -> Config:
-        """The config of the run."""
-        return load_config(self.config_file)
+    def config(self, *, own: Sequence[Record] = (), trust_code: bool = False) -> Config:
+        """The config of the run. Raises UserError as `load_config`, such as where it names code that is not trusted."""
+        return load_config(self.config_file, own=own, trust_code=trust_code)
 
     def add_metrics(self, line: dict[str, Any]) -> None:
         """Appends a line of metrics."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from gpu_bp.data.sources import settle
 from gpu_bp.errors import UserError
 from gpu_bp.model import Model
 from gpu_bp.run_folder import RunFolder
+from gpu_bp.spec import Record
 from gpu_bp.trainer import Trainer, evaluators
 
 Lines = Iterable[dict[str, Any] | None]
@@ -116,21 +117,29 @@ def _save(trainer: Trainer, folder: RunFolder) -> bool:
 
 
 def evaluate(
-    run: str | Path, *, sources: Mapping[str, Source] | None = None, backend: str | Backend = "auto"
+    run: str | Path,
+    *,
+    sources: Mapping[str, Source] | None = None,
+    own: Sequence[Record] = (),
+    trust_code: bool = False,
+    backend: str | Backend = "auto",
 ) -> dict[str, dict[str, Any]]:
     """The loss and the metrics of a run's model on each of its splits, computed again from its data.
 
     Args:
         run: the run folder.
         sources: of data of kind "own", as for `train`.
+        own: records of one's own that the run names, passed again.
+        trust_code: whether code that the run names as `module:object` may be run.
         backend: "auto", "numpy", "cupy", or a backend.
 
     Raises:
-        UserError: not a run folder, or its data are gone.
+        UserError: not a run folder, its data are gone, or it names code that is not trusted.
     """
     backend = _backend(backend)
     folder = RunFolder.open(Path(run))
-    model, config = Model.load(folder.model_file, backend), folder.config()
+    config = folder.config(own=own, trust_code=trust_code)
+    model = Model.load(folder.model_file, backend, own=own, trust_code=trust_code)
     dataset = _dataset(config, sources, backend) or load_data(config, model.preparation, backend=backend)
     if [dataset.n_inputs, dataset.n_targets] != [model.network.widths[0], model.network.widths[-1]]:
         raise UserError(

@@ -141,16 +141,23 @@ def _no_kinks(**_: float) -> tuple[float, ...]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Record:
-    """What all records share: a name, the parameters taken, and the values chosen for them."""
+    """What all records share: a name, the parameters taken, and the values chosen for them.
+
+    `origin` is the name, such as `module:object`, under which a record that is not the package's was chosen.
+    """
 
     name: str
     source: str  # where the formula comes from
     parameters: Mapping[str, Parameter | Flag | Numbers] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)  # numbers, flags and tuples of numbers
+    origin: str = ""
 
     def __post_init__(self) -> None:
         chosen = {name: parameter.default for name, parameter in self.parameters.items()} | dict(self.values)
         object.__setattr__(self, "values", MappingProxyType(chosen))
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # nothing in it changes
 
     def with_parameters(self, **values: object) -> Self:
         """This record with other parameter values.
