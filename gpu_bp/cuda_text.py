@@ -155,7 +155,7 @@ def runner(backend: str = "auto") -> tuple[Runner | None, str]:
 @functools.cache
 def host_runner() -> tuple[OnHost | None, str]:
     """The C++ compiler that works, or None and why there is none."""
-    why = f"there is no C++ compiler ({', '.join(COMPILERS)}) and no GPU"
+    why = f"there is no C++ compiler ({', '.join(COMPILERS)}), and no GPU is used"
     for name in COMPILERS:
         path = shutil.which(name)
         try:

@@ -56,6 +56,8 @@ def check_record(record: Record, *, backend: str = "auto", cuda: Literal["auto",
     if type(record) not in _CHECKS:
         known = ", ".join(kind.__name__ for kind in _CHECKS)
         raise UserError(f"{getattr(record, 'name', record)!s} is a {type(record).__name__}; known: {known}")
+    if not (record.name.isascii() and record.name.isidentifier()):
+        raise RecordError(f"{record.name}: the name must be an identifier, since kernels are called so")
     runs, why = (None, "it was left out") if cuda == "skip" else runner(backend)
     if cuda == "require" and runs is None:
         raise UserError(f"the CUDA text of {record.name} cannot be checked: {why}")
@@ -110,6 +112,8 @@ def random_targets(loss: Loss, rows: int, n_outputs: int, rng: np.random.Generat
 
 def _activation(check: Check) -> None:
     record: Activation = check.record
+    if record.derivative_from not in ("output", "net_input"):
+        raise check.error("derivative_from", f"must be output or net_input, not {record.derivative_from!r}")
     names, values = tuple(record.values), tuple(record.values.values())
     x = "y" if record.derivative_from == "output" else "v"
     value_text = kernels.activation(record.name, record.value.cuda, names, False)

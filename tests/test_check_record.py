@@ -199,6 +199,13 @@ def hiding_nan(v: Any, y: Any, s: Any, slope: float) -> None:
     np.multiply(y, slope, out=y, where=s.mask)
 
 
+def cancelling(v: Any, y: Any, s: Any, slope: float) -> None:
+    np.multiply(v, v, out=s.b)
+    np.subtract(s.b, s.b, out=s.b)
+    _value(v, y, s, slope)
+    y += s.b
+
+
 def overflowing(v: Any, y: Any, s: Any, slope: float) -> None:
     np.multiply(v, v, out=s.a)
     np.exp(s.a, out=y)
@@ -244,10 +251,16 @@ TWINS: dict[str, tuple[Any, str]] = {
         "delta: its twin changes v, an input",
     ),
     "hides NaN": (twin(leaky, "value", hiding_nan), "value: at v = nan y is .*, nan is right"),
+    "NaN at the ends": (twin(leaky, "value", cancelling), "value: at v = 1.79769313e.308 or -1.79769313e.308 y is nan"),
     "overflows": (twin(leaky, "value", overflowing), "its twin fails .*FloatingPointError: overflow"),
     "parameter it does not take": (
         twin(leaky, "value", lambda v, y, s: None),
         "value: its twin fails .* unexpected keyword argument 'slope'",
+    ),
+    "a name that is none": (replace(leaky, name="a b"), "a b: the name must be an identifier"),
+    "derivative from nowhere": (
+        replace(leaky, derivative_from="input"),
+        "derivative_from: must be output or net_input, not 'input'",
     ),
     "no kinks": (
         replace(leaky, kinks=lambda slope: ()),
@@ -385,7 +398,7 @@ def asked_anew() -> Any:
 @pytest.mark.usefixtures("asked_anew")
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    why = r"there is no C\+\+ compiler \(c\+\+, g\+\+, clang\+\+\) and no GPU"
+    why = r"there is no C\+\+ compiler \(c\+\+, g\+\+, clang\+\+\), and no GPU is used"
     with pytest.raises(UserError, match=f"the CUDA text of leaky cannot be checked: {why}"):
         check_record(leaky, backend="numpy", cuda="require")
     summary = check_record(leaky, backend="numpy")
