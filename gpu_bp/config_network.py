@@ -85,6 +85,10 @@ class NetworkSection(Section):
         None, description="by default the loss's own, or identity where the loss goes with any"
     )
     biases: bool = Field(True, description="whether layers have biases; they start at 0")
+    normalise: bool = Field(False, description="whether the net inputs of hidden layers are normalised")
+    residual: bool = Field(
+        False, description="whether a hidden layer that is as wide as its inputs adds them to its outputs"
+    )
     weights: Weights = Field(ScaledWeights(kind="glorot"), description="the initial weights")
 
     @model_validator(mode="after")

@@ -17,17 +17,20 @@ from gpu_bp.config import Config
 from gpu_bp.config_schedule import FactorSchedule, LinearSchedule
 from gpu_bp.data import Dataset, load_data
 from gpu_bp.data.batches import Batches
+from gpu_bp.data.classes import class_weights
 from gpu_bp.data.source import Source
 from gpu_bp.data.sources import settle
-from gpu_bp.data.task import Metrics
+from gpu_bp.data.task import Metrics, rises
 from gpu_bp.errors import UserError
 from gpu_bp.initial import initialise
 from gpu_bp.model import Model
 from gpu_bp.network import Network
+from gpu_bp.noise import Noise
 from gpu_bp.optimizer import Optimizer
 from gpu_bp.schedule import Schedule, by_step, constant, exponential, linear
+from gpu_bp.selection import Selection
 from gpu_bp.spec import Loss
-from gpu_bp.step import Objective, Step
+from gpu_bp.step import Average, Objective, Step
 
 # Rows that are evaluated at a time; fixed, so that the same network always gives the same figures.
 EVALUATION_ROWS = 4096
@@ -49,9 +52,15 @@ def build_network(config: Config, dataset: Dataset, backend: Backend, dtype: str
         [dataset.n_inputs, *config.network.hidden, n_outputs],
         [*config.network.hidden_activations(), config.output_activation()],
         biases=config.network.biases,
+        normalise=config.network.normalise,
+        residual=config.network.residual,
         backend=backend,
         dtype=dtype or config.train.precision,
     )
+    if network.residual and not any(layer.shortcut for layer in network.layers):
+        raise UserError(
+            f"network.residual: no hidden layer is as wide as its inputs, the widths are {network.widths}; leave it out"
+        )
     initialise(network, config.network.weights, config.seed)
     return network
 
@@ -97,6 +106,7 @@ class Trainer:
         model: the network as it is now, and the preparation of its data.
         total_steps: how many steps the whole training has. steps, rows: how many were taken, and their rows.
         stopped: why it ended before its length ("" where it did not).
+        average: the moving average of the parameters, and selection: the best of them; None where not asked for.
     """
 
     def __init__(self, config: Config, backend: Backend, dataset: Dataset | None = None) -> None:
@@ -115,6 +125,7 @@ class Trainer:
             train.batch_size,
             train.sampling,
             config.seed,
+            part_rows=train.part_rows,
             dtype=network.dtype,
             block_rows=data.block_rows,
             window_blocks=data.window_blocks,
@@ -135,11 +146,48 @@ class Trainer:
             )
         if record.full_batch and config.schedule.kind != "constant":
             raise UserError(f"{record.name} changes its step sizes itself; leave schedule out")
-        optimizer = Optimizer(record, network, _schedule(config, self.total_steps))
-        self._step = Step(Objective(network, loss, self._batches.size), optimizer)
+        self.average = Average(network, train.average_decay) if train.average_decay else None
+        self._averaged = evaluators(self.average.network, loss, sources) if self.average else {}
+        self._step = self._build_step(loss)
+        self.selection = self._build_selection()
         self.steps = self.rows = 0
         self.seconds = 0.0
         self.stopped = ""
+
+    def _build_step(self, loss: Loss) -> Step:
+        """The training step, with all that the config asks of it."""
+        config, network = self.config, self.model.network
+        asked = config.regularisation
+        noise = Noise(config.seed, asked.rates(len(network.layers) - 1), asked.input_dropout, asked.input_noise)
+        weights = config.loss.class_weight
+        objective = Objective(
+            network,
+            loss,
+            self._batches.part_size,
+            noise=noise if noise.dropout or noise.on_inputs else None,
+            class_weights=class_weights(weights, self.dataset) if weights else None,
+        )
+        optimizer = Optimizer(
+            config.optimizer.record(),
+            network,
+            _schedule(config, self.total_steps),
+            penalties=asked.penalties,
+            biases=asked.biases,
+        )
+        return Step(objective, optimizer, clip_norm=asked.clip_norm, max_norm=asked.max_norm, average=self.average)
+
+    def _build_selection(self) -> Selection | None:
+        section = self.config.stopping
+        if section is None:
+            return None
+        if section.metric.removeprefix("average_").startswith("validation_") and "validation" not in self._evaluators:
+            raise UserError(
+                f"stopping.metric is {section.metric}, and there are no validation rows; set data.validation_rows"
+            )
+        if section.metric.startswith("average_") and not self.average:
+            raise UserError(f"stopping.metric is {section.metric}, and no average is kept; set train.average_decay")
+        average = [self.average.network] if self.average else []
+        return Selection(section, rises, [self.model.network, *average])
 
     def run(self, interrupted: Callable[[], bool] = lambda: False) -> Generator[dict[str, Any] | None, None, None]:
         """Trains; yields None after a step, and a line of metrics where one is due.
@@ -159,8 +207,10 @@ class Trainer:
                 for batch in self._batches.epoch(epoch, follows=follows):
                     rate = optimizer.learning_rate
                     self._step(batch)
-                    self.steps += 1
                     self.rows += batch.n
+                    if not batch.last:
+                        continue
+                    self.steps += 1
                     if interrupted():
                         self.stopped = "interrupted"
                     last = self.steps == self.total_steps or bool(self.stopped)
@@ -171,7 +221,10 @@ class Trainer:
                     train_loss = objective.mean_loss()
                     self.seconds = time.perf_counter() - begin
                     line |= {"seconds": self.seconds, "learning_rate": rate, "train_loss": train_loss}
-                    yield line | self._evaluate_line()
+                    line |= self._evaluate_line()
+                    if self.selection and self.selection.observe(line):
+                        self.stopped = self.stopped or "patience"
+                    yield line
                     self._refuse_divergence(train_loss)
                     begin = time.perf_counter() - self.seconds  # what evaluation took is not training
                     if last or self.stopped:
@@ -188,9 +241,13 @@ class Trainer:
         Raises:
             UserError: the last step has made the loss on the training rows infinite.
         """
-        result = {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in self._evaluators.items()}
+        result = _evaluate(self._evaluators)
         self._refuse_divergence(result["train"]["loss"])
         return result
+
+    def evaluate_average(self) -> dict[str, dict[str, Any]]:
+        """Likewise of the averaged parameters; empty where there is no average."""
+        return _evaluate(self._averaged)
 
     def _refuse_divergence(self, loss: float) -> None:
         if not np.isfinite(loss):
@@ -202,14 +259,19 @@ class Trainer:
     def _evaluate_line(self) -> dict[str, Any]:
         """What a line of metrics says beside the training loss."""
         line: dict[str, Any] = {}
-        if "validation" in self._evaluators:
-            line = {f"validation_{name}": value for name, value in self._evaluators["validation"]().items()}
+        for prefix, made in (("validation", self._evaluators), ("average_validation", self._averaged)):
+            if "validation" in made:
+                line |= {f"{prefix}_{name}": value for name, value in made["validation"]().items()}
         limit = self.config.train.stop_at_errors
         if limit is not None:
             line["train_errors"] = self._evaluators["train"]()["errors"]
             if line["train_errors"] <= limit:
                 self.stopped = self.stopped or "stop_at_errors"
         return line
+
+
+def _evaluate(made: Mapping[str, Evaluator]) -> dict[str, dict[str, Any]]:
+    return {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in made.items()}
 
 
 def _schedule(config: Config, total_steps: int) -> Schedule:

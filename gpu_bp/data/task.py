@@ -79,3 +79,8 @@ class Metrics:
         with np.errstate(divide="ignore", invalid="ignore"):
             explained = np.where(variation > 0, 1 - self._residual / variation, 0.0)
         return {"mse": float(np.mean(self._residual) / self._rows), "r2": float(explained.mean())}
+
+
+def rises(metric: str) -> bool:
+    """Whether a metric of that name, such as "validation_accuracy", is better where it is larger."""
+    return metric.rpartition("_")[2] in ("accuracy", "r2")
