@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu_bp.backends import Backend
 from gpu_bp.config import Config
-from gpu_bp.config_schedule import FactorSchedule, LinearSchedule
+from gpu_bp.config_schedule import PlateauSchedule
 from gpu_bp.data import Dataset, load_data
 from gpu_bp.data.batches import Batches
 from gpu_bp.data.source import Source
@@ -25,7 +25,7 @@ from gpu_bp.initial import initialise
 from gpu_bp.model import Model
 from gpu_bp.network import Network
 from gpu_bp.optimizer import Optimizer
-from gpu_bp.schedule import Schedule, by_step, constant, exponential, linear
+from gpu_bp.schedule import Schedule
 from gpu_bp.spec import Loss
 from gpu_bp.step import Objective, Step
 
@@ -133,9 +133,9 @@ class Trainer:
                 f"{record.name} needs the gradient of all rows at each step: set train.batch_size = {n_rows} or more, "
                 "and train.sampling to shuffled or ordered"
             )
-        if record.full_batch and config.schedule.kind != "constant":
+        if record.full_batch and (config.schedule.kind != "constant" or config.schedule.warmup_steps):
             raise UserError(f"{record.name} changes its step sizes itself; leave schedule out")
-        optimizer = Optimizer(record, network, _schedule(config, self.total_steps))
+        optimizer = Optimizer(record, network, _schedule(config, self.total_steps, sources))
         self._step = Step(Objective(network, loss, self._batches.size), optimizer)
         self.steps = self.rows = 0
         self.seconds = 0.0
@@ -171,7 +171,10 @@ class Trainer:
                     train_loss = objective.mean_loss()
                     self.seconds = time.perf_counter() - begin
                     line |= {"seconds": self.seconds, "learning_rate": rate, "train_loss": train_loss}
-                    yield line | self._evaluate_line()
+                    line |= self._evaluate_line()
+                    if self.steps % self._log_every == 0:  # no line that only ends the training
+                        optimizer.schedule.observe(line)
+                    yield line
                     self._refuse_divergence(train_loss)
                     begin = time.perf_counter() - self.seconds  # what evaluation took is not training
                     if last or self.stopped:
@@ -212,10 +215,11 @@ class Trainer:
         return line
 
 
-def _schedule(config: Config, total_steps: int) -> Schedule:
-    rate, section = config.optimizer.learning_rate, config.schedule
-    if isinstance(section, LinearSchedule):
-        return linear(rate, section.final, section.steps or total_steps)
-    if isinstance(section, FactorSchedule):
-        return (exponential if section.kind == "exponential" else by_step)(rate, section.factor, section.every)
-    return constant(rate)
+def _schedule(config: Config, total_steps: int, sources: Mapping[str, Source]) -> Schedule:
+    section = config.schedule
+    if isinstance(section, PlateauSchedule) and section.metric == "validation_loss" and "validation" not in sources:
+        raise UserError(
+            "schedule.metric is validation_loss, and there are no validation rows; "
+            "set data.validation_rows, or schedule.metric = 'train_loss'"
+        )
+    return section.over(config.optimizer.learning_rate, total_steps)
