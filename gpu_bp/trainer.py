@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu_bp.backends import Backend
 from gpu_bp.config import Config
-from gpu_bp.config_schedule import FactorSchedule, LinearSchedule
+from gpu_bp.config_schedule import PlateauSchedule
 from gpu_bp.data import Dataset, load_data
 from gpu_bp.data.batches import Batches
 from gpu_bp.data.classes import class_weights
@@ -27,7 +27,7 @@ from gpu_bp.model import Model
 from gpu_bp.network import Network
 from gpu_bp.noise import Noise
 from gpu_bp.optimizer import Optimizer
-from gpu_bp.schedule import Schedule, by_step, constant, exponential, linear
+from gpu_bp.schedule import Schedule
 from gpu_bp.selection import Selection
 from gpu_bp.spec import Loss
 from gpu_bp.step import Average, Objective, Step
@@ -144,7 +144,7 @@ class Trainer:
                 f"{record.name} needs the gradient of all rows at each step: set train.batch_size = {n_rows} or more, "
                 "and train.sampling to shuffled or ordered"
             )
-        if record.full_batch and config.schedule.kind != "constant":
+        if record.full_batch and (config.schedule.kind != "constant" or config.schedule.warmup_steps):
             raise UserError(f"{record.name} changes its step sizes itself; leave schedule out")
         self.average = Average(network, train.average_decay) if train.average_decay else None
         self._averaged = evaluators(self.average.network, loss, sources) if self.average else {}
@@ -170,24 +170,34 @@ class Trainer:
         optimizer = Optimizer(
             config.optimizer.record(),
             network,
-            _schedule(config, self.total_steps),
+            self._build_schedule(),
             penalties=asked.penalties,
             biases=asked.biases,
         )
         return Step(objective, optimizer, clip_norm=asked.clip_norm, max_norm=asked.max_norm, average=self.average)
 
+    def _build_schedule(self) -> Schedule:
+        section = self.config.schedule
+        if isinstance(section, PlateauSchedule):
+            self._refuse_without_validation("schedule", section.metric)
+        return section.over(self.config.optimizer.learning_rate, self.total_steps)
+
     def _build_selection(self) -> Selection | None:
         section = self.config.stopping
         if section is None:
             return None
-        if section.metric.removeprefix("average_").startswith("validation_") and "validation" not in self._evaluators:
-            raise UserError(
-                f"stopping.metric is {section.metric}, and there are no validation rows; set data.validation_rows"
-            )
+        self._refuse_without_validation("stopping", section.metric)
         if section.metric.startswith("average_") and not self.average:
             raise UserError(f"stopping.metric is {section.metric}, and no average is kept; set train.average_decay")
         average = [self.average.network] if self.average else []
         return Selection(section, rises, [self.model.network, *average])
+
+    def _refuse_without_validation(self, table: str, metric: str) -> None:
+        if metric.removeprefix("average_").startswith("validation_") and "validation" not in self._evaluators:
+            raise UserError(
+                f"{table}.metric is {metric}, and there are no validation rows; set data.validation_rows, "
+                f'or {table}.metric = "train_loss"'
+            )
 
     def run(self, interrupted: Callable[[], bool] = lambda: False) -> Generator[dict[str, Any] | None, None, None]:
         """Trains; yields None after a step, and a line of metrics where one is due.
@@ -224,6 +234,8 @@ class Trainer:
                     line |= self._evaluate_line()
                     if self.selection and self.selection.observe(line):
                         self.stopped = self.stopped or "patience"
+                    if self.steps % self._log_every == 0:  # no line that only ends the training
+                        optimizer.schedule.observe(line)
                     yield line
                     self._refuse_divergence(train_loss)
                     begin = time.perf_counter() - self.seconds  # what evaluation took is not training
@@ -272,12 +284,3 @@ class Trainer:
 
 def _evaluate(made: Mapping[str, Evaluator]) -> dict[str, dict[str, Any]]:
     return {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in made.items()}
-
-
-def _schedule(config: Config, total_steps: int) -> Schedule:
-    rate, section = config.optimizer.learning_rate, config.schedule
-    if isinstance(section, LinearSchedule):
-        return linear(rate, section.final, section.steps or total_steps)
-    if isinstance(section, FactorSchedule):
-        return (exponential if section.kind == "exponential" else by_step)(rate, section.factor, section.every)
-    return constant(rate)

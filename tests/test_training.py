@@ -312,6 +312,7 @@ def test_a_loss_that_needs_more_outputs(tiny_config: Tiny) -> None:
         ({"train": {"batch_size": 49}}, "train.batch_size = 50 or more"),
         ({"train": {"batch_size": 50, "sampling": "replacement"}}, "shuffled or ordered"),
         ({"train": {"batch_size": 50}, "schedule": {"kind": "linear"}}, "leave schedule out"),
+        ({"train": {"batch_size": 50}, "schedule": {"kind": "constant", "warmup_steps": 1}}, "leave schedule out"),
     ],
 )
 def test_rprop_takes_all_rows_and_no_schedule(tiny_config: Tiny, change: dict[str, Any], message: str) -> None:
