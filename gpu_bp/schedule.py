@@ -101,8 +101,8 @@ class Plateau(Schedule):
     """Multiplied by `factor` where a loss stays as it is: once more than `patience` lines in a row were no improvement.
 
     A line is an improvement where its loss is less than the best so far, by more than `minimum_improvement` of the
-    best's size. NaN never is. This is `torch.optim.lr_scheduler.ReduceLROnPlateau`, but for
-    negative losses, by which it takes a worse one for an improvement.
+    best's size; NaN never is one. This is `torch.optim.lr_scheduler.ReduceLROnPlateau`, except where losses are
+    negative: there it takes one for an improvement that is a little worse.
 
     Args:
         metric: the loss in the lines, "train_loss" or "validation_loss".

@@ -8,17 +8,19 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import tomllib
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
 
 import hypothesis.strategies as st
+import jsonschema
 import pytest
 from hypothesis import given, settings
 
 import gpu_bp
-from gpu_bp import Trainer, UserError, parse_config, report
+from gpu_bp import Config, Trainer, UserError, dump_config, parse_config, report
 from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.config_schedule import AnySchedule
 from gpu_bp.schedule import SCHEDULES, Plateau, Schedule, WarmUp, inverse_time, one_cycle
@@ -99,6 +101,21 @@ def final_rate(kind: str, rate: float, parameters: dict[str, Any]) -> float:
     if kind == "one_cycle":
         return rate / parameters["div_factor"] / parameters["final_div_factor"]
     return parameters.get("final", 0.0)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_resolved_config_means_the_same(tiny_config: Tiny, kind: str) -> None:
+    """Also where the kind is a bare name, or one with its defaults; and the JSON Schema admits both."""
+    schema = Config.model_json_schema()
+    written = tiny_config(schedule={"kind": kind, "warmup_steps": 2, **IN_A_CONFIG[kind]})
+    needed = {"exponential", "step", "inverse_time"}  # these have no default
+    for raw in [written, *([] if kind in needed else [tiny_config(schedule=kind)])]:
+        config = parse_config(raw)
+        jsonschema.validate(raw, schema)
+        resolved = tomllib.loads(dump_config(config))
+        jsonschema.validate(resolved, schema)
+        assert parse_config(resolved) == config
+        assert resolved["schedule"]["kind"] == kind
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
