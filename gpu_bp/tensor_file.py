@@ -30,7 +30,10 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file, whole or not at all."""
+    """Writes a safetensors file, whole or not at all. Raises UserError where it cannot be written."""
     part = path.with_name(path.name + ".part")
-    save_file(dict(tensors), part, metadata=metadata)
-    part.replace(path)
+    try:
+        save_file(dict(tensors), part, metadata=metadata)
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {error}") from None
