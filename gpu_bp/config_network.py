@@ -112,14 +112,16 @@ def _named_or_array(value: Any) -> Any:
 
 DrawnWeights = UniformWeights | NormalWeights | ScaledWeights | OrthogonalWeights | SparseWeights
 AnyWeights = DrawnWeights | ArrayWeights | FileWeights
-WeightsInput = AnyWeights | Matrix | Literal["uniform", "glorot", "he", "lecun", "orthogonal", "sparse"]
+WeightsInput = AnyWeights | Literal["uniform", "glorot", "he", "lecun", "orthogonal", "sparse"]
 Weights = Annotated[
-    AnyWeights, Field(discriminator="kind"), BeforeValidator(_named_or_array, json_schema_input_type=WeightsInput)
+    AnyWeights,
+    Field(discriminator="kind"),
+    BeforeValidator(_named_or_array, json_schema_input_type=WeightsInput | Matrix),
 ]
 WeightsOfLayers = Annotated[
     list[Weights],
     Field(min_length=1),
-    BeforeValidator(listed, json_schema_input_type=WeightsInput | list[WeightsInput]),
+    BeforeValidator(listed, json_schema_input_type=WeightsInput | list[WeightsInput | Matrix]),
 ]
 PhiInput = ActivationChoice | ActivationName
 Phi = Annotated[ActivationChoice, BeforeValidator(named, json_schema_input_type=PhiInput)]

@@ -7,6 +7,7 @@ Both keep the same numbers in other places: `coefs_` of scikit-learn are our wei
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,9 +138,8 @@ def load_state_dict(
     Raises:
         UserError: no such file, or tensors that are not the layers of a network (which, and what would be right).
     """
-    path = Path(path)
+    tensors = read_tensors(Path(path))
     try:
-        tensors = read_tensors(path)
         network = _network({ours: tensors[name] for ours, name in our_names(tensors).items()}, activations, backend)
         network.load(by_layer(network, tensors))
     except UserError as error:
@@ -177,7 +177,7 @@ def _binarizer(task: Task, n_outputs: int, classes: Iterable[Any] | None) -> Any
         return binarizer.fit(np.eye(n_outputs, dtype=int))
     n = max(2, n_outputs)
     names = list(task.classes or range(n) if classes is None else classes)
-    if classes is None and all(str(name).isdecimal() for name in names):
+    if classes is None and all(re.fullmatch("0|-?[1-9][0-9]*", str(name)) for name in names):
         names = [int(name) for name in names]
     binarizer.fit(names)
     if len(names) != n or binarizer.classes_.tolist() != np.array(names).tolist():

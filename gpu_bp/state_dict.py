@@ -31,7 +31,7 @@ def our_names(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
         weight = tensors.get(f"{module}.weight" if module else "weight")
         matrix = weight is not None and weight.ndim == 2
         layer += matrix
-        for name in sorted(name for name in tensors if name.rpartition(".")[0] == module):
+        for name in sorted((name for name in tensors if name.rpartition(".")[0] == module), reverse=True):
             part = PARTS.get((name.rpartition(".")[2], matrix))
             if part is None or weight is None or weight.ndim not in (1, 2) or layer < 0:
                 raise UserError(f"tensor {name} {tensors[name].shape} is not the weight or bias of a layer")

@@ -25,7 +25,9 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
             return dict(file)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except (SafetensorError, zipfile.BadZipFile, EOFError, TypeError, ValueError, KeyError) as error:
+    except TypeError as error:  # bfloat16
+        raise UserError(f"{path}: {error}; a type that NumPy has is needed, such as float32") from None
+    except (SafetensorError, zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not {kind}: {error}") from None
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from pathlib import Path
 from typing import Any, get_args
 
+import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from gpu_bp import Network, UserError, dump_config, load_config, parse_config
+from gpu_bp import Config, Network, UserError, dump_config, load_config, parse_config
 from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.config_network import AnyWeights
 from gpu_bp.initial import initialise
@@ -167,7 +169,15 @@ def test_arrays(weights: Any, in_tmp: Path) -> None:
     assert not tensors["layers.1.biases"].any()
     config = parse_config({**RAW, "network": {"hidden": [3], "weights": weights}})
     Path("config.toml").write_text(dump_config(config))
+    jsonschema.validate(tomllib.loads(dump_config(config)), Config.model_json_schema())
     assert load_config("config.toml") == config
+
+
+@pytest.mark.parametrize("weights", ["he", [FIRST.tolist(), "sparse"], {"kind": "orthogonal", "gain": 2}])
+def test_the_schema_admits(weights: Any) -> None:
+    jsonschema.validate({**RAW, "network": {"hidden": [3], "weights": weights}}, Config.model_json_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**RAW, "network": {"weights": FIRST.tolist()}}, Config.model_json_schema())
 
 
 def test_a_single_layer_takes_one_npy_file(in_tmp: Path) -> None:
@@ -212,7 +222,7 @@ ZERO = {"0.weight": (3, 2), "0.bias": (3,), "2.weight": (1, 3), "2.bias": (1,)}
         ({"1.weight": (3,), "1.bias": (3,)}, "tensors 0.bias and 1.bias would both be layers.0.biases"),
         ({"1.running_mean": (3,)}, "tensor 1.running_mean (3,) is not the weight or bias of a layer"),
         ({"0.bias": None, "3.bias": (3,)}, "tensor 3.bias (3,) is not the weight or bias of a layer"),
-        ({"0.weight": (3, 2, 1, 1)}, "tensor 0.bias (3,) is not the weight or bias of a layer"),
+        ({"0.weight": (3, 2, 1, 1)}, "tensor 0.weight (3, 2, 1, 1) is not the weight or bias of a layer"),
         ({"weight": (3,)}, "tensor weight (3,) is not the weight or bias of a layer"),
     ],
 )

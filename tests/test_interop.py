@@ -76,6 +76,7 @@ FIT = {"0.weight": (5, 3), "0.bias": (5,), "2.weight": (2, 5), "2.bias": (2,)}
         ({"0.bias": None}, "tensor 2.bias would be layers.1.biases, which is not one of this network's"),
         ({"3.weight": (2,)}, "tensor 3.weight would be layers.1.gains, which is not one of this network's"),
         ({"1.running_var": (5,)}, "tensor 1.running_var (5,) is not the weight or bias of a layer"),
+        ({"0.weight": (5, 3, 1, 1)}, "tensor 0.weight (5, 3, 1, 1) is not the weight or bias of a layer"),
         ({"4.weight": (1, 2)}, "3 layers need as many activations, not 2"),
         (dict.fromkeys(FIT), "there are no tensors"),
     ],
@@ -91,6 +92,10 @@ def test_state_dicts_that_are_no_network(changed: dict[str, Any], message: str, 
 
 def test_no_such_state_dict(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file"):
+        load_state_dict(tmp_path / "t.safetensors", ["tanh"])
+    header = b'{"0.weight":{"dtype":"BF16","shape":[1,1],"data_offsets":[0,2]}}'
+    (tmp_path / "t.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    with pytest.raises(UserError, match="'bfloat16' not understood; a type that NumPy has is needed, such as float32"):
         load_state_dict(tmp_path / "t.safetensors", ["tanh"])
 
 

@@ -88,7 +88,7 @@ ESTIMATORS: dict[str, Callable[[], Any]] = {
     "regressor": lambda: fitted(MLPRegressor, SCORE),
     "several targets": lambda: fitted(MLPRegressor, np.stack([SCORE, INPUTS[:, 0]], axis=1), activation="logistic"),
     "two classes": lambda: fitted(MLPClassifier, SCORE > 0, activation="identity"),
-    "two numbers": lambda: fitted(MLPClassifier, np.where(SCORE > 0, 10, 9), activation="tanh"),
+    "two numbers": lambda: fitted(MLPClassifier, np.where(SCORE > 0, 1, -1), activation="tanh"),
     "several classes": lambda: fitted(MLPClassifier, LETTERS, activation="logistic"),
     "numbers": lambda: fitted(MLPClassifier, 8 + ONE_HOT.argmax(axis=1)),
     "several labels": lambda: fitted(MLPClassifier, np.stack([SCORE > 0, INPUTS[:, 0] > 0], axis=1).astype(int)),
