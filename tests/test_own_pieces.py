@@ -162,7 +162,7 @@ def test_names_in_a_config(mine: Path, tiny_config: Tiny) -> None:
     [
         (
             {"network": {"activation": "mine:function"}},
-            "config: network.activation.0: mine:function is a function, an Activation",
+            "config: network.activation: mine:function is a function, an Activation",
         ),
         (
             {"network": {"output_activation": "mine:square"}},
@@ -172,7 +172,7 @@ def test_names_in_a_config(mine: Path, tiny_config: Tiny) -> None:
         ({"optimizer": {"kind": "mine:swish"}}, "config: optimizer: mine:swish is an Activation, an Update is needed"),
         ({"network": {"activation": {"kind": "mine:swish", "slop": 1}}}, "swish has no parameter 'slop'; known: slope"),
         ({"network": {"activation": "mine:bad_name"}}, "the record's name 'a b' must be an identifier"),
-        ({"network": {"activation": "nowhere:swish"}}, "network.activation.0: there is no module 'nowhere'"),
+        ({"network": {"activation": "nowhere:swish"}}, "network.activation: there is no module 'nowhere'"),
         (
             {"loss": {"kind": "cross_entropy"}, "network": {"output_activation": "mine:tanh"}},
             "cross_entropy goes with softmax alone, not mine:tanh",
