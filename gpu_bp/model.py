@@ -19,7 +19,7 @@ from gpu_bp.data.sources import put
 from gpu_bp.errors import UserError
 from gpu_bp.initial import read_tensors
 from gpu_bp.network import Network
-from gpu_bp.own import refuse_untrusted
+from gpu_bp.own import Piece, refuse_untrusted
 from gpu_bp.spec import Activation, Record, RowActivation
 
 KEY = "gpu_bp"  # of the one entry of the file's metadata: with more, their order and so the bytes would vary
@@ -51,11 +51,11 @@ class Model:
         part.replace(path)
 
     @classmethod
-    def load(cls, path: Path, backend: Backend, *, own: Sequence[Record] = (), trust_code: bool = False) -> Model:
+    def load(cls, path: Path, backend: Backend, *, own: Sequence[Piece] = (), trust_code: bool = False) -> Model:
         """Reads the file.
 
         Args:
-            own: records of one's own that it names, passed again.
+            own: pieces of one's own that it names, passed again.
             trust_code: whether what it names as `module:object` may be imported.
 
         Raises:
@@ -114,7 +114,7 @@ def _named_record(record: Record) -> dict[str, Any]:
     return {"kind": kind, **values}
 
 
-def _activation(own: Sequence[Record], kind: str, **parameters: Any) -> Activation | RowActivation:
+def _activation(own: Sequence[Piece], kind: str, **parameters: Any) -> Activation | RowActivation:
     record = registry.choose(registry.find("activation", kind, own), kind, parameters)
     return cast(Activation | RowActivation, record)
 

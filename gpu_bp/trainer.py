@@ -6,7 +6,7 @@ source -> batches -> step: forward -> output delta -> backward -> update -> metr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -19,9 +19,9 @@ from gpu_bp.data import Dataset, load_data
 from gpu_bp.data.batches import Batches
 from gpu_bp.data.source import Source
 from gpu_bp.data.sources import settle
-from gpu_bp.data.task import Metrics
 from gpu_bp.errors import UserError
 from gpu_bp.initial import initialise
+from gpu_bp.metrics import Metric, Metrics
 from gpu_bp.model import Model
 from gpu_bp.network import Network
 from gpu_bp.optimizer import Optimizer
@@ -61,30 +61,39 @@ class Evaluator:
 
     Args:
         most: rows, at most, rounded up to whole blocks of `EVALUATION_ROWS`.
+        metrics: those beside the usual ones.
+
+    Raises:
+        UserError: a metric that does not go with the source.
     """
 
-    def __init__(self, network: Network, loss: Loss, source: Source, most: int | None = None) -> None:
+    def __init__(
+        self, network: Network, loss: Loss, source: Source, most: int | None = None, metrics: Sequence[Metric] = ()
+    ) -> None:
         self._backend = network.backend
-        self._task = source.task
+        self.metrics = Metrics(source.task, source.n_targets, metrics, weighted=source.weighted)
         self._batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype)
         self._objective = Objective(network, loss, self._batches.size, backward=False)
         self._steps = min(self._batches.per_epoch, -(-(most or source.n_rows) // self._batches.size))
         self.rows = min(source.n_rows, self._steps * self._batches.size)
 
     def __call__(self) -> dict[str, Any]:
-        """`loss`, the mean over the rows, and the task's metrics. Waits for the device."""
-        metrics = Metrics(self._task)
+        """`loss`, the mean over the rows, and the metrics. Waits for the device."""
+        to_host = self._backend.to_host
         with np.errstate(over="ignore", invalid="ignore"):  # where a loss is not finite, the caller sees it
             for batch in islice(self._batches.epoch(0, follows=False), self._steps):
                 outputs = self._objective.forward(batch)
-                metrics.add(self._backend.to_host(outputs), self._backend.to_host(batch.targets))
-            return {"loss": self._objective.mean_loss(), **metrics.result()}
+                weights = None if batch.weights is None else to_host(batch.weights)
+                self.metrics.add(to_host(outputs), to_host(batch.targets), weights)
+            return {"loss": self._objective.mean_loss(), **self.metrics.result()}
 
 
-def evaluators(network: Network, loss: Loss, sources: Mapping[str, Source]) -> dict[str, Evaluator]:
+def evaluators(
+    network: Network, loss: Loss, sources: Mapping[str, Source], metrics: Sequence[Metric] = ()
+) -> dict[str, Evaluator]:
     """An evaluator for each split; of the training rows the first `TRAINING_ROWS` at most."""
     return {
-        name: Evaluator(network, loss, source, TRAINING_ROWS if name == "train" else None)
+        name: Evaluator(network, loss, source, TRAINING_ROWS if name == "train" else None, metrics)
         for name, source in sources.items()
     }
 
@@ -108,7 +117,7 @@ class Trainer:
         self.model = Model(network, dataset.preparation)
         data = config.data
         sources, self.where_data = settle(backend, dataset.sources, data.residency, network.dtype)
-        self._evaluators = evaluators(network, loss, sources)
+        self._evaluators = evaluators(network, loss, sources, train.metric_records())
         self._batches = Batches(
             backend,
             sources["train"],
@@ -183,7 +192,7 @@ class Trainer:
         return self._step.objective.mean_loss(reset=False)
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
-        """The loss and the task's metrics on each split that has rows.
+        """The loss and the metrics on each split that has rows.
 
         Raises:
             UserError: the last step has made the loss on the training rows infinite.
