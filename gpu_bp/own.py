@@ -150,7 +150,7 @@ def _passed_or_loaded(name: str, own: Sequence[Piece]) -> object:
 
 
 def _stands_for(piece: Piece, name: str) -> bool:
-    return name in (f"own:{_called(piece)}", name_of(piece)[0])
+    return name == f"own:{_called(piece)}" or name == name_of(piece)[0]
 
 
 def _called(piece: Piece) -> str:

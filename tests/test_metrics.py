@@ -90,10 +90,13 @@ def bias(targets: Any, predictions: Any, sample_weight: Any = None) -> float:
     return float(np.average(predictions - targets, weights=sample_weight, axis=0).sum())
 
 
+BIAS = find("own:bias", [bias])
+
+
 def measure(label: str, outputs: Any, targets: Any, weights: Any = None, sizes: Any = ()) -> dict[str, float]:
     """All metrics of a task, and one's own on predictions, of rows in batches of such sizes."""
     task, n = TASKS[label]
-    metrics = Metrics(task, n, [*suited(label), find("own:bias", [bias])], weighted=weights is not None)
+    metrics = Metrics(task, n, [*suited(label), BIAS], weighted=weights is not None)
     start = 0
     for size in [*sizes, len(targets)]:
         part = slice(start, start + size)
