@@ -99,8 +99,11 @@ def measure(label: str, outputs: Any, targets: Any, weights: Any = None, sizes: 
     metrics = Metrics(task, n, [*suited(label), BIAS], weighted=weights is not None)
     start = 0
     for size in [*sizes, len(targets)]:
-        part = slice(start, start + size)
-        metrics.add(outputs[part], targets[part], None if weights is None else weights[part])
+        part = [None if array is None else array[start : start + size].copy() for array in (outputs, targets, weights)]
+        metrics.add(*part)
+        for array in part:  # as the next batch does
+            if array is not None:
+                array.fill(0)
         start += size
     return metrics.result()
 
@@ -126,6 +129,8 @@ def test_classes_by_hand() -> None:
         "balanced_accuracy": 0.5,
         "macro_f1": pytest.approx((0.5 + 0.8 + 0) / 3),
     }
+    metrics.add(np.eye(3)[[0, 1, 1]], np.array([0, 0, 1]))  # no dog, and none is seen
+    assert metrics.result()["macro_f1"] == pytest.approx(2 / 3)
 
 
 def test_numbers_by_hand() -> None:
@@ -253,7 +258,8 @@ def test_an_evaluator_gives_them(backend: Backend, tiny_config: Tiny, weighted: 
     config = parse_config(raw)
     network = build_network(config, dataset, backend)
     names = ["recall", "balanced_accuracy", "macro_f1"]
-    evaluator = Evaluator(network, config.loss.record(), source, None, [find(name) for name in names])
+    share = find("own:lambda", [lambda d, y, sample_weight=None: np.average(d == y, weights=sample_weight)])
+    evaluator = Evaluator(network, config.loss.record(), source, None, [*map(find, names), share])
     split = dataset.rows("train")
     decided = network.predict(split.inputs.astype(np.float32)).argmax(axis=1)
     weights = np.ones(rows) if split.weights is None else split.weights
@@ -264,6 +270,7 @@ def test_an_evaluator_gives_them(backend: Backend, tiny_config: Tiny, weighted: 
         result = evaluator()
         assert result["errors"] == table.sum() - table.trace()
         assert result["accuracy"] == pytest.approx(table.trace() / table.sum(), rel=1e-12)
+        assert result["lambda"] == pytest.approx(table.trace() / table.sum(), rel=1e-12)
         assert [result[f"recall_{k}"] for k in range(3)] == pytest.approx(recall.tolist(), rel=1e-12)
         assert result["balanced_accuracy"] == pytest.approx(recall.mean(), rel=1e-12)
         f1 = 2 * table.diagonal() / (table.sum(axis=0) + table.sum(axis=1))
