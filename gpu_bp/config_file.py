@@ -14,8 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from gpu_bp.config import Config
 from gpu_bp.errors import UserError, nearest
-from gpu_bp.own import absolute, change_names, names, refuse_untrusted
-from gpu_bp.spec import Record
+from gpu_bp.own import Piece, absolute, change_names, names, refuse_untrusted
 
 # Keys that name files: made absolute when a config is read.
 PATH_KEYS = (
@@ -28,12 +27,12 @@ PATH_KEYS = (
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, own: Sequence[Record] = (), trust_code: bool = True
+    path: str | Path, overrides: Sequence[str] = (), *, own: Sequence[Piece] = (), trust_code: bool = True
 ) -> Config:
     """The config in a TOML file. Overrides are `KEY.PATH=VALUE`, VALUE in TOML, or else a string.
 
     Args:
-        own: records of one's own that it names, passed again.
+        own: pieces of one's own that it names, passed again.
         trust_code: whether what it names as `module:object` may be imported.
 
     Raises:
@@ -58,7 +57,7 @@ def load_config(
 
 
 def parse_config(
-    raw: Mapping[str, Any], where: str = "config", *, own: Sequence[Record] = (), trust_code: bool = True
+    raw: Mapping[str, Any], where: str = "config", *, own: Sequence[Piece] = (), trust_code: bool = True
 ) -> Config:
     """The config in nested tables, as a TOML file holds them, or NumPy arrays for lists; paths are made absolute.
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationInfo,
+    model_validator,
+)
 
-from gpu_bp import registry
-from gpu_bp.config_choice import Choice, names_of, with_parameters_of
+from gpu_bp import own, registry
+from gpu_bp.config_choice import Choice, listed, names_of, with_parameters_of
 from gpu_bp.config_types import Count, Positive, Rows, Section
+from gpu_bp.metrics import METRICS, Metric, find
 from gpu_bp.spec import Update
 
 UpdateName = Annotated[str, Field(json_schema_extra=names_of(registry.UPDATES))]
+MetricName = Annotated[str, Field(json_schema_extra=names_of(METRICS))]
 
 
 class OptimizerSection(Choice):
@@ -25,6 +36,44 @@ class OptimizerSection(Choice):
     def record(self) -> Update:
         """The update rule with its parameters."""
         return cast(Update, self.chosen())
+
+
+class MetricSection(Section):
+    """A metric by name; a function of one's own has keys beside its name. From Python the function itself may stand
+    where its name may."""
+
+    kind: MetricName
+    on: Literal["predictions", "outputs"] | None = Field(
+        None, description="what one's own is given beside the targets; by default predictions"
+    )
+    higher_is_better: bool | None = Field(None, description="of one's own; needed where a model is selected by it")
+    _found: Metric = PrivateAttr()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _find(cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        """Finds the metric once, as `Choice` does its record."""
+        passed = tuple((info.context or {}).get("own", ()))
+        given = value.get("kind") if isinstance(value, Mapping) else None
+        if callable(given):
+            value, passed = {**value, "kind": own.name_of(given)[0]}, (given, *passed)
+        section = handler(value)
+        if section is not value:
+            section._found = find(section.kind, passed, section.on, section.higher_is_better)
+        return section
+
+    def record(self) -> Metric:
+        """The metric."""
+        return self._found
+
+
+def _named(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) or callable(value) else value
+
+
+MetricInput = MetricSection | MetricName
+AnyMetric = Annotated[MetricSection, BeforeValidator(_named, json_schema_input_type=MetricInput)]
+Metrics = Annotated[list[AnyMetric], BeforeValidator(listed, json_schema_input_type=MetricInput | list[MetricInput])]
 
 
 class TrainSection(Section):
@@ -49,11 +98,17 @@ class TrainSection(Section):
         None, description="stop once the training rows, the first 131,072 at most, have at most so many errors"
     )
 
+    metrics: Metrics = Field([], description="beside the loss and the usual ones of the task, or a single one")
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps")
         return self
+
+    def metric_records(self) -> list[Metric]:
+        """The metrics that are listed."""
+        return [section.record() for section in self.metrics]
 
 
 class StoppingSection(Section):

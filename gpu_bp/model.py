@@ -17,7 +17,7 @@ from gpu_bp.data.preparation import Preparation
 from gpu_bp.data.sources import put
 from gpu_bp.errors import UserError
 from gpu_bp.network import Network
-from gpu_bp.own import refuse_untrusted
+from gpu_bp.own import Piece, refuse_untrusted
 from gpu_bp.spec import Activation, Record, RowActivation
 from gpu_bp.tensor_file import read_tensors, write_tensors
 
@@ -48,11 +48,11 @@ class Model:
         write_tensors(path, network.tensors(), metadata={KEY: json.dumps(description)})
 
     @classmethod
-    def load(cls, path: Path, backend: Backend, *, own: Sequence[Record] = (), trust_code: bool = False) -> Model:
+    def load(cls, path: Path, backend: Backend, *, own: Sequence[Piece] = (), trust_code: bool = False) -> Model:
         """Reads the file.
 
         Args:
-            own: records of one's own that it names, passed again.
+            own: pieces of one's own that it names, passed again.
             trust_code: whether what it names as `module:object` may be imported.
 
         Raises:
@@ -111,7 +111,7 @@ def _named_record(record: Record) -> dict[str, Any]:
     return {"kind": kind, **values}
 
 
-def _activation(own: Sequence[Record], kind: str, **parameters: Any) -> Activation | RowActivation:
+def _activation(own: Sequence[Piece], kind: str, **parameters: Any) -> Activation | RowActivation:
     record = registry.choose(registry.find("activation", kind, own), kind, parameters)
     return cast(Activation | RowActivation, record)
 

@@ -62,7 +62,7 @@ def _curves(folder: RunFolder) -> Path:
         if any(value is not None for value in values):
             numbers = np.array([np.nan if value is None else value for value in values], float)
             top.plot(steps, numbers, label=label, marker=marker, linewidth=1.2)
-    losses = [line[key] for line in lines for key in line if key.endswith("_loss") and line[key] is not None]
+    losses = [line[key] for line in lines for key in ("train_loss", "validation_loss") if line.get(key) is not None]
     if losses and min(losses) > 0:
         _decades(top, losses)
     top.set_ylabel("mean loss of a row")

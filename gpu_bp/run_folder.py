@@ -22,7 +22,7 @@ from typing import Any
 from gpu_bp.config import Config
 from gpu_bp.config_file import dump_config, load_config
 from gpu_bp.errors import UserError, unknown
-from gpu_bp.spec import Record
+from gpu_bp.own import Piece
 
 MODELS = ("model", "last", "average")
 
@@ -94,7 +94,7 @@ class RunFolder:
             raise UserError(f"{self.path} has no {file.name}: only a run with {need} in its config has one")
         return file
 
-    def config(self, *, own: Sequence[Record] = (), trust_code: bool = False) -> Config:
+    def config(self, *, own: Sequence[Piece] = (), trust_code: bool = False) -> Config:
         """The config of the run. Raises UserError as `load_config`, such as where it names code that is not trusted."""
         return load_config(self.config_file, own=own, trust_code=trust_code)
 

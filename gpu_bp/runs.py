@@ -18,8 +18,8 @@ from gpu_bp.data.source import Source
 from gpu_bp.data.sources import settle
 from gpu_bp.errors import UserError
 from gpu_bp.model import Model
+from gpu_bp.own import Piece
 from gpu_bp.run_folder import RunFolder
-from gpu_bp.spec import Record
 from gpu_bp.trainer import Trainer, evaluators
 
 Lines = Iterable[dict[str, Any] | None]
@@ -138,7 +138,7 @@ def evaluate(
     *,
     model: str = "model",
     sources: Mapping[str, Source] | None = None,
-    own: Sequence[Record] = (),
+    own: Sequence[Piece] = (),
     trust_code: bool = False,
     backend: str | Backend = "auto",
 ) -> dict[str, dict[str, Any]]:
@@ -148,7 +148,7 @@ def evaluate(
         run: the run folder.
         model: "model"; or "last" (of a run with [stopping]) or "average" (with train.average_decay).
         sources: of data of kind "own", as for `train`.
-        own: records of one's own that the run names, passed again.
+        own: pieces of one's own that the run names, passed again.
         trust_code: whether code that the run names as `module:object` may be run.
         backend: "auto", "numpy", "cupy", or a backend.
 
@@ -168,7 +168,7 @@ def evaluate(
             f"the data of {folder.config_file} have {dataset.n_inputs} inputs and {dataset.n_targets} targets"
         )
     sources, _ = settle(backend, dataset.sources, config.data.residency, network.dtype)
-    made = evaluators(network, config.loss.record(), sources)
+    made = evaluators(network, config.loss.record(), sources, config.train.metric_records())
     return {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in made.items()}
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpu_bp.config_training import StoppingSection
-from gpu_bp.errors import UserError, unknown
 from gpu_bp.network import Network
 
 
@@ -16,16 +15,16 @@ class Selection:
 
     Args:
         section: which metric, and how patiently.
-        rises: whether a metric of that name is better where it is larger.
+        rises: whether the metric is better where it is larger.
         networks: whose parameters are kept: the one that is trained, and perhaps its average.
 
     Attributes:
         step: of the best line, 0 before there is one. since: lines since then.
     """
 
-    def __init__(self, section: StoppingSection, rises: Callable[[str], bool], networks: Sequence[Network]) -> None:
+    def __init__(self, section: StoppingSection, rises: bool, networks: Sequence[Network]) -> None:
         self._section = section
-        self._sign = 1.0 if rises(section.metric) else -1.0
+        self._sign = 1.0 if rises else -1.0
         self._networks = networks
         self._kept = [n.backend.zeros(n.parameters.shape, n.dtype) for n in networks]
         self._best: float | None = None
@@ -35,13 +34,8 @@ class Selection:
         """Takes a line of metrics and keeps the parameters where it is the best; whether patience is at its end.
 
         A metric that is not a number is no improvement.
-
-        Raises:
-            UserError: the line has no such metric.
         """
         section = self._section
-        if section.metric not in line:
-            raise UserError(f"stopping.metric: {unknown('metric', section.metric, line)}")
         value = float(line[section.metric])
         if math.isfinite(value) and (self._best is None or self._gain(value) > section.minimum_improvement):
             self._best, self.step, self.since = value, line["step"], 0

@@ -6,7 +6,7 @@ source -> batches -> step: forward -> output delta -> backward -> update -> metr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -20,9 +20,9 @@ from gpu_bp.data.batches import Batches
 from gpu_bp.data.classes import class_weights
 from gpu_bp.data.source import Source
 from gpu_bp.data.sources import settle
-from gpu_bp.data.task import Metrics, rises
-from gpu_bp.errors import UserError
+from gpu_bp.errors import UserError, unknown
 from gpu_bp.initial import initialise
+from gpu_bp.metrics import Metric, Metrics
 from gpu_bp.model import Model
 from gpu_bp.network import Network
 from gpu_bp.noise import Noise
@@ -70,30 +70,39 @@ class Evaluator:
 
     Args:
         most: rows, at most, rounded up to whole blocks of `EVALUATION_ROWS`.
+        metrics: those beside the usual ones.
+
+    Raises:
+        UserError: a metric that does not go with the source.
     """
 
-    def __init__(self, network: Network, loss: Loss, source: Source, most: int | None = None) -> None:
+    def __init__(
+        self, network: Network, loss: Loss, source: Source, most: int | None = None, metrics: Sequence[Metric] = ()
+    ) -> None:
         self._backend = network.backend
-        self._task = source.task
+        self.metrics = Metrics(source.task, source.n_targets, metrics, weighted=source.weighted)
         self._batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype)
         self._objective = Objective(network, loss, self._batches.size, backward=False)
         self._steps = min(self._batches.per_epoch, -(-(most or source.n_rows) // self._batches.size))
         self.rows = min(source.n_rows, self._steps * self._batches.size)
 
     def __call__(self) -> dict[str, Any]:
-        """`loss`, the mean over the rows, and the task's metrics. Waits for the device."""
-        metrics = Metrics(self._task)
+        """`loss`, the mean over the rows, and the metrics. Waits for the device."""
+        to_host = self._backend.to_host
         with np.errstate(over="ignore", invalid="ignore"):  # where a loss is not finite, the caller sees it
             for batch in islice(self._batches.epoch(0, follows=False), self._steps):
                 outputs = self._objective.forward(batch)
-                metrics.add(self._backend.to_host(outputs), self._backend.to_host(batch.targets))
-            return {"loss": self._objective.mean_loss(), **metrics.result()}
+                weights = None if batch.weights is None else to_host(batch.weights)
+                self.metrics.add(to_host(outputs), to_host(batch.targets), weights)
+            return {"loss": self._objective.mean_loss(), **self.metrics.result()}
 
 
-def evaluators(network: Network, loss: Loss, sources: Mapping[str, Source]) -> dict[str, Evaluator]:
+def evaluators(
+    network: Network, loss: Loss, sources: Mapping[str, Source], metrics: Sequence[Metric] = ()
+) -> dict[str, Evaluator]:
     """An evaluator for each split; of the training rows the first `TRAINING_ROWS` at most."""
     return {
-        name: Evaluator(network, loss, source, TRAINING_ROWS if name == "train" else None)
+        name: Evaluator(network, loss, source, TRAINING_ROWS if name == "train" else None, metrics)
         for name, source in sources.items()
     }
 
@@ -118,7 +127,7 @@ class Trainer:
         self.model = Model(network, dataset.preparation)
         data = config.data
         sources, self.where_data = settle(backend, dataset.sources, data.residency, network.dtype)
-        self._evaluators = evaluators(network, loss, sources)
+        self._evaluators = evaluators(network, loss, sources, train.metric_records())
         self._batches = Batches(
             backend,
             sources["train"],
@@ -147,7 +156,7 @@ class Trainer:
         if record.full_batch and (config.schedule.kind != "constant" or config.schedule.warmup_steps):
             raise UserError(f"{record.name} changes its step sizes itself; leave schedule out")
         self.average = Average(network, train.average_decay) if train.average_decay else None
-        self._averaged = evaluators(self.average.network, loss, sources) if self.average else {}
+        self._averaged = evaluators(self.average.network, loss, sources, train.metric_records()) if self.average else {}
         self._step = self._build_step(loss)
         self.selection = self._build_selection()
         self.steps = self.rows = 0
@@ -189,8 +198,18 @@ class Trainer:
         self._refuse_without_validation("stopping", section.metric)
         if section.metric.startswith("average_") and not self.average:
             raise UserError(f"stopping.metric is {section.metric}, and no average is kept; set train.average_decay")
+        metrics, groups = self._evaluators["train"].metrics, self._groups()
+        known = ["train_loss", *(f"{group}_{key}" for group in groups for key in ("loss", *metrics.keys))]
+        if section.metric not in known:
+            raise UserError(f"stopping.metric: {unknown('metric', section.metric, known)}")
         average = [self.average.network] if self.average else []
+        rises = metrics.rises(section.metric.removeprefix("average_"))
         return Selection(section, rises, [self.model.network, *average])
+
+    def _groups(self) -> dict[str, Evaluator]:
+        """What a line of metrics has of the validation rows, by the first part of its keys."""
+        made = {"validation": self._evaluators, "average_validation": self._averaged}
+        return {name: splits["validation"] for name, splits in made.items() if "validation" in splits}
 
     def _refuse_without_validation(self, table: str, metric: str) -> None:
         if metric.removeprefix("average_").startswith("validation_") and "validation" not in self._evaluators:
@@ -248,7 +267,7 @@ class Trainer:
         return self._step.objective.mean_loss(reset=False)
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
-        """The loss and the task's metrics on each split that has rows.
+        """The loss and the metrics on each split that has rows.
 
         Raises:
             UserError: the last step has made the loss on the training rows infinite.
@@ -271,9 +290,8 @@ class Trainer:
     def _evaluate_line(self) -> dict[str, Any]:
         """What a line of metrics says beside the training loss."""
         line: dict[str, Any] = {}
-        for prefix, made in (("validation", self._evaluators), ("average_validation", self._averaged)):
-            if "validation" in made:
-                line |= {f"{prefix}_{name}": value for name, value in made["validation"]().items()}
+        for group, evaluator in self._groups().items():
+            line |= {f"{group}_{name}": value for name, value in evaluator().items()}
         limit = self.config.train.stop_at_errors
         if limit is not None:
             line["train_errors"] = self._evaluators["train"]()["errors"]

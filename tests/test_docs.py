@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, bike_sharing
 
 from gpu_bp import Config, parse_config, registry
+from gpu_bp.metrics import METRICS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What a unit test cannot run: set-up and the test suite itself are run by .ci/run; Docker and a GPU are not here.
@@ -90,7 +91,7 @@ def test_config_page_names_every_key_and_record() -> None:
                 collect(value)
 
     collect(Config.model_json_schema())
-    names = {*keys, *registry.ACTIVATIONS, *registry.LOSSES, *registry.UPDATES}
+    names = {*keys, *registry.ACTIVATIONS, *registry.LOSSES, *registry.UPDATES, *METRICS}
     written = {
         *re.findall(r"`\"?([\w-]+)\"?`", page),
         *re.findall(r"[`.](\w+)`", page),

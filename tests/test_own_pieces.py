@@ -116,7 +116,7 @@ def test_load(mine: Path) -> None:
         ("nowhere.py:x", "there is no file "),
         ("mine:swsh", "mine has no object 'swsh'; did you mean swish? known: "),
         ("mine:Rules.sgn", "mine has no object 'Rules.sgn'; did you mean sign? known: sign"),
-        ("own:swish", "'own:swish' is a record that was passed from Python: pass it again, own=[swish]"),
+        ("own:swish", "'own:swish' is a piece that was passed from Python: pass it again, own=[swish]"),
         ("broken:x", "broken could not be imported: ZeroDivisionError: division by zero"),
         ("broken.py:x", "broken.py could not be imported: ZeroDivisionError: division by zero"),
         ("broken_import:x", "broken_import could not be imported: ModuleNotFoundError: No module named 'nowhere'"),
@@ -325,7 +325,7 @@ def test_records_that_no_module_holds(in_tmp: Path, tiny_config: Tiny, capsys: p
     written = tomllib.loads(Path("run/config.toml").read_text())
     assert written["network"]["activation"] == [{"kind": "own:doubled", "factor": 1.5}]
     for trust in (False, True):
-        with pytest.raises(UserError, match=r"'own:doubled' is a record .* pass it again, own=\[doubled\]"):
+        with pytest.raises(UserError, match=r"'own:doubled' is a piece .* pass it again, own=\[doubled\]"):
             gpu_bp.evaluate("run", backend="numpy", trust_code=trust)
     evaluated = gpu_bp.evaluate("run", backend="numpy", own=[doubled()])  # with its default: the run has the values
     assert evaluated == {name: made.summary[name] for name in evaluated}

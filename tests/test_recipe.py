@@ -153,7 +153,7 @@ def test_selection_by_hand(
     network = gpu_bp.Network([2, 3, 1], ["tanh", "identity"], backend=backend)
     section = StoppingSection(metric=metric, patience=patience, minimum_improvement=minimum_improvement)
     rises = metric.endswith("accuracy")
-    selection = Selection(section, lambda name: name == "validation_accuracy", [network])
+    selection = Selection(section, rises, [network])
     stopped = None
     for step, value in enumerate(VALUES, 1):
         network.parameters.fill(step)
@@ -213,6 +213,8 @@ def test_a_training_that_diverges_leaves_its_best(tiny_config: Tiny, in_tmp: Pat
     ("sections", "message"),
     [
         ({"stopping": {}, "data": {"validation_rows": 0}}, "there are no validation rows; set data.validation_rows"),
+        ({"stopping": {"metric": "validation_acc"}}, "stopping.metric: .*did you mean validation_accuracy"),
+        ({"stopping": {"metric": "seconds"}}, "stopping.metric: unknown metric 'seconds'"),
         ({"stopping": {"metric": "average_validation_loss"}}, "no average is kept; set train.average_decay"),
         ({"network": {"hidden": []}, "regularisation": {"dropout": 0.5}}, "a list of 1 for 0 hidden layers"),
         ({"regularisation": {"dropout": [0.5, 0.5, 0.5]}}, "a list of 3 for 2 hidden layers; give one rate a hidden"),
