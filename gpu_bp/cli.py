@@ -198,13 +198,14 @@ def check(
     as_json: JsonOption = False,
     rows: Annotated[int, typer.Option(min=1, help="Training rows to take.")] = 16,
 ) -> int:
-    """Compare backpropagation with central differences at a config's initial parameters."""
+    """Compare backpropagation with central differences at a config's initial parameters, with the noise of one step."""
     parsed = load_config(config, overrides or [])
     dataset = load_data(parsed)
     backend, _ = select("numpy")
     network = build_network(parsed, dataset, backend, dtype="float64")
     split = dataset.rows("train", 0, rows)
-    results = check_gradients(network, parsed.loss.record(), split.inputs, split.targets)
+    loss, noise = parsed.loss.record(), parsed.noise()
+    results = check_gradients(network, loss, split.inputs, split.targets, split.weights, noise=noise)
     passed = all(worst.passed for worst in results)
     if as_json:
         _print_json({"passed": passed, "tolerance": TOLERANCE, "arrays": [worst.to_json() for worst in results]})

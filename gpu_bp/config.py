@@ -19,6 +19,7 @@ from gpu_bp.config_schedule import Constant, ScheduleSection
 from gpu_bp.config_training import OptimizerSection, StoppingSection, TrainSection
 from gpu_bp.config_types import Section
 from gpu_bp.errors import UserError
+from gpu_bp.noise import Noise
 from gpu_bp.spec import Activation, FusedLoss, Loss, RowActivation
 
 LossName = Annotated[str, Field(json_schema_extra=names_of(registry.LOSSES))]
@@ -79,17 +80,21 @@ class Config(Section):
             raise UserError(f"network.output_activation: {record.name} needs loss.kind = 'cross_entropy'")
         return record
 
+    def noise(self) -> Noise | None:
+        """Dropout and input noise, None where there is neither."""
+        return self.regularisation.noise(self.seed, len(self.network.hidden))
+
     @model_validator(mode="after")
     def _hidden_layers_to_act_on(self) -> Config:
-        hidden, regularisation = len(self.network.hidden), self.regularisation
+        hidden = len(self.network.hidden)
         try:
-            regularisation.rates(hidden)
+            self.noise()
         except ValueError as error:
             raise ValueError(f"regularisation.dropout: {error}") from None
         asked = {
             "network.normalise": self.network.normalise,
             "network.residual": self.network.residual,
-            "regularisation.max_norm": bool(regularisation.max_norm),
+            "regularisation.max_norm": bool(self.regularisation.max_norm),
         }
         for key in (key for key, is_asked in asked.items() if is_asked and not hidden):
             raise ValueError(f"{key} acts on hidden layers, and network.hidden has none; leave it out")

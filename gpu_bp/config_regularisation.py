@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from gpu_bp.config_choice import listed
 from gpu_bp.config_types import Section
+from gpu_bp.noise import Noise
 
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -30,19 +31,19 @@ class RegularisationSection(Section):
         0.0, description="likewise the length of the weights of each hidden unit, after the update"
     )
 
-    def rates(self, n_hidden: int) -> tuple[float, ...]:
-        """One dropout rate a hidden layer, none where nothing is left out.
+    def noise(self, seed: int, n_hidden: int) -> Noise | None:
+        """What a step of a network with so many hidden layers leaves to chance; None where nothing.
 
         Raises:
-            ValueError: another number of rates is listed, or there is no layer for them.
+            ValueError: another number of dropout rates is listed, or there is no layer for them.
         """
-        if not any(self.dropout):
-            return ()
-        if len(self.dropout) not in (1, n_hidden) or not n_hidden:
-            raise ValueError(
-                f"a list of {len(self.dropout)} for {n_hidden} hidden layers; give one rate a hidden layer"
-            )
-        return tuple(self.dropout * n_hidden if len(self.dropout) == 1 else self.dropout)
+        rates: tuple[float, ...] = ()
+        if any(self.dropout):
+            if len(self.dropout) not in (1, n_hidden) or not n_hidden:
+                raise ValueError(f"a list of {len(self.dropout)} for {n_hidden} hidden layers; give one rate a layer")
+            rates = tuple(self.dropout * n_hidden if len(self.dropout) == 1 else self.dropout)
+        noise = Noise(seed, rates, self.input_dropout, self.input_noise)
+        return noise if noise.dropout or noise.on_inputs else None
 
     @property
     def penalties(self) -> dict[str, float]:

@@ -25,7 +25,6 @@ from gpu_bp.initial import initialise
 from gpu_bp.metrics import Metric, Metrics
 from gpu_bp.model import Model
 from gpu_bp.network import Network
-from gpu_bp.noise import Noise
 from gpu_bp.optimizer import Optimizer
 from gpu_bp.schedule import Schedule
 from gpu_bp.selection import Selection
@@ -167,13 +166,12 @@ class Trainer:
         """The training step, with all that the config asks of it."""
         config, network = self.config, self.model.network
         asked = config.regularisation
-        noise = Noise(config.seed, asked.rates(len(network.layers) - 1), asked.input_dropout, asked.input_noise)
         weights = config.loss.class_weight
         objective = Objective(
             network,
             loss,
             self._batches.part_size,
-            noise=noise if noise.dropout or noise.on_inputs else None,
+            noise=config.noise(),
             class_weights=class_weights(weights, self.dataset) if weights else None,
         )
         optimizer = Optimizer(

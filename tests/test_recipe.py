@@ -217,7 +217,7 @@ def test_a_training_that_diverges_leaves_its_best(tiny_config: Tiny, in_tmp: Pat
         ({"stopping": {"metric": "seconds"}}, "stopping.metric: unknown metric 'seconds'"),
         ({"stopping": {"metric": "average_validation_loss"}}, "no average is kept; set train.average_decay"),
         ({"network": {"hidden": []}, "regularisation": {"dropout": 0.5}}, "a list of 1 for 0 hidden layers"),
-        ({"regularisation": {"dropout": [0.5, 0.5, 0.5]}}, "a list of 3 for 2 hidden layers; give one rate a hidden"),
+        ({"regularisation": {"dropout": [0.5, 0.5, 0.5]}}, "a list of 3 for 2 hidden layers; give one rate a layer"),
         ({"network": {"hidden": [], "normalise": True}}, "network.normalise acts on hidden layers"),
         ({"network": {"hidden": [], "residual": True}}, "network.residual acts on hidden layers"),
         ({"network": {"hidden": [3, 4], "residual": True}}, r"no hidden layer is as wide .* \[2, 3, 4, 1\]"),
