@@ -45,6 +45,7 @@ app = typer.Typer(
 BackendOption = Annotated[str, typer.Option(help="auto, numpy or cupy; auto takes a GPU where one computes.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TrustOption = Annotated[bool, typer.Option("--trust-code", help="Run the code that the run names as MODULE:OBJECT.")]
+ModelOption = Annotated[str, typer.Option(help="model; or last, or average, where the run has them.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
 ConfigArgument = Annotated[Path, typer.Argument(help="A config file (TOML).")]
 OverridesArgument = Annotated[
@@ -108,8 +109,8 @@ def train(
     console.print(why, markup=False, soft_wrap=True)
     with _Signals() as signals:
         result = train_run(parsed, backend=chosen, run=run, watch=watch(console), interrupted=signals.interrupted)
-    for name, metrics in _splits(result.summary):
-        console.print(_sentence(name, metrics), markup=False, soft_wrap=True)
+    for sentence in _sentences(result.summary):
+        console.print(sentence, markup=False, soft_wrap=True)
     if signals.number:
         console.print(f"interrupted at step {result.summary['steps']}; what was trained is saved", markup=False)
     console.print("pictures: " + ", ".join(str(path) for path in result.pictures), markup=False, soft_wrap=True)
@@ -119,15 +120,18 @@ def train(
 
 @app.command()
 def evaluate(
-    run: RunArgument, backend: BackendOption = "auto", as_json: JsonOption = False, trust_code: TrustOption = False
+    run: RunArgument,
+    model: ModelOption = "model",
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+    trust_code: TrustOption = False,
 ) -> None:
     """Compute a run's metrics on its splits again."""
-    result = evaluate_run(run, backend=backend, trust_code=trust_code)
+    result = evaluate_run(run, model=model, backend=backend, trust_code=trust_code)
     if as_json:
         _print_json(result)
     else:
-        for name, metrics in _splits(result):
-            print(_sentence(name, metrics))
+        print("\n".join(_sentences(result)))
 
 
 @app.command()
@@ -137,6 +141,7 @@ def predict(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="A .csv or .npy file; by default csv, printed.")
     ] = None,
+    model: ModelOption = "model",
     backend: BackendOption = "auto",
     trust_code: TrustOption = False,
 ) -> None:
@@ -144,7 +149,7 @@ def predict(
     if out is not None and out.suffix not in (".csv", ".npy"):
         raise UserError(f"{out}: the output must be a .csv or .npy file")
     folder = RunFolder.open(run)
-    names, columns = Model.load(folder.model_file, select(backend)[0], trust_code=trust_code).predict(file)
+    names, columns = Model.load(folder.model(model), select(backend)[0], trust_code=trust_code).predict(file)
     if out is None:
         print(_csv(names, columns), end="")
         return
@@ -193,13 +198,14 @@ def check(
     as_json: JsonOption = False,
     rows: Annotated[int, typer.Option(min=1, help="Training rows to take.")] = 16,
 ) -> int:
-    """Compare backpropagation with central differences at a config's initial parameters."""
+    """Compare backpropagation with central differences at a config's initial parameters, with the noise of one step."""
     parsed = load_config(config, overrides or [])
     dataset = load_data(parsed)
     backend, _ = select("numpy")
     network = build_network(parsed, dataset, backend, dtype="float64")
     split = dataset.rows("train", 0, rows)
-    results = check_gradients(network, parsed.loss.record(), split.inputs, split.targets)
+    loss, noise = parsed.loss.record(), parsed.noise()
+    results = check_gradients(network, loss, split.inputs, split.targets, split.weights, noise=noise)
     passed = all(worst.passed for worst in results)
     if as_json:
         _print_json({"passed": passed, "tolerance": TOLERANCE, "arrays": [worst.to_json() for worst in results]})
@@ -284,12 +290,16 @@ class _Signals:
         self.number = number
 
 
-def _splits(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, summary[name]) for name in ("train", "validation", "test") if name in summary]
-
-
-def _sentence(name: str, metrics: dict[str, Any]) -> str:
-    return f"{name:<10}  " + "  ".join(f"{key} {value:.6g}" for key, value in metrics.items())
+def _sentences(summary: dict[str, Any]) -> list[str]:
+    """The metrics of each split, a line each; and those of the average."""
+    names: tuple[str, ...] = ("train", "validation", "test")
+    splits = [(name, summary[name]) for name in names if name in summary]
+    splits += [(f"average {name}", metrics) for name, metrics in summary.get("average", {}).items()]
+    width = max(10, *(len(name) for name, _ in splits))
+    return [
+        f"{name:<{width}}  " + "  ".join(f"{key} {value:.6g}" for key, value in metrics.items())
+        for name, metrics in splits
+    ]
 
 
 def _csv(names: list[str], columns: list[np.ndarray]) -> str:

@@ -14,10 +14,12 @@ from gpu_bp import registry
 from gpu_bp.config_choice import Choice, names_of, with_parameters_of
 from gpu_bp.config_data import Data
 from gpu_bp.config_network import NetworkSection
+from gpu_bp.config_regularisation import RegularisationSection
 from gpu_bp.config_schedule import Constant, ScheduleSection
-from gpu_bp.config_training import OptimizerSection, TrainSection
+from gpu_bp.config_training import OptimizerSection, StoppingSection, TrainSection
 from gpu_bp.config_types import Section
 from gpu_bp.errors import UserError
+from gpu_bp.noise import Noise
 from gpu_bp.spec import Activation, FusedLoss, Loss, RowActivation
 
 LossName = Annotated[str, Field(json_schema_extra=names_of(registry.LOSSES))]
@@ -54,9 +56,11 @@ class Config(Section):
     data: Data
     network: NetworkSection = NetworkSection()
     loss: LossSection = LossSection()
+    regularisation: RegularisationSection = RegularisationSection()
     optimizer: OptimizerSection
     schedule: ScheduleSection = Constant(kind="constant")
     train: TrainSection
+    stopping: StoppingSection | None = Field(None, description="which line of metrics is the best, and when to stop")
 
     def output_activation(self) -> Activation | RowActivation:
         """The record of the output layer's activation.
@@ -75,6 +79,26 @@ class Config(Section):
         if not isinstance(loss, FusedLoss) and isinstance(record, RowActivation):
             raise UserError(f"network.output_activation: {record.name} needs loss.kind = 'cross_entropy'")
         return record
+
+    def noise(self) -> Noise | None:
+        """Dropout and input noise, None where there is neither."""
+        return self.regularisation.noise(self.seed, len(self.network.hidden))
+
+    @model_validator(mode="after")
+    def _hidden_layers_to_act_on(self) -> Config:
+        hidden = len(self.network.hidden)
+        try:
+            self.noise()
+        except ValueError as error:
+            raise ValueError(f"regularisation.dropout: {error}") from None
+        asked = {
+            "network.normalise": self.network.normalise,
+            "network.residual": self.network.residual,
+            "regularisation.max_norm": bool(self.regularisation.max_norm),
+        }
+        for key in (key for key, is_asked in asked.items() if is_asked and not hidden):
+            raise ValueError(f"{key} acts on hidden layers, and network.hidden has none; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _output_fits_loss(self) -> Config:

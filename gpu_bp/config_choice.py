@@ -18,7 +18,7 @@ def named(value: Any) -> Any:
 
 
 def listed(value: Any) -> Any:
-    """One activation stands for a list of one."""
+    """One choice stands for a list of one."""
     return value if isinstance(value, list) else [value]
 
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from gpu_bp.config_choice import named
-from gpu_bp.config_types import Count, Rows, Section, Width
+from gpu_bp.config_types import Count, Positive, Rows, Section, Width
+from gpu_bp.errors import nearest
 
-Scaling = Literal["none", "standardise", "max-abs"]
+SCALINGS = ("none", "standardise", "max-abs")
+
+
+def _scaling(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, str) and value not in SCALINGS:
+        raise ValueError(f"unknown {value!r}; {nearest(value, SCALINGS)}, or a number that divides the inputs")
+    if not isinstance(value, str) and not (number and 0 < value < math.inf):
+        raise ValueError(f"must be {', '.join(SCALINGS)}, or a number above 0 that divides the inputs, not {value!r}")
+    return value
+
+
+Scaling = Annotated[Literal["none", "standardise", "max-abs"] | Positive, BeforeValidator(_scaling)]
 Distribution = Literal["normal", "uniform"]
 TrainRows = Annotated[int, Field(ge=1, le=10**15, description="training rows")]
 # Numbers whose squares float32 can hold.
@@ -36,7 +50,10 @@ class DataSection(Section):
 class Scaled(DataSection):
     """Inputs that can be scaled."""
 
-    scaling: Scaling = Field("none", description="of the inputs, fitted to the first training rows, at most a million")
+    scaling: Scaling = Field(
+        "none",
+        description="of the inputs, fitted to the training rows, the first million at most; a number divides them",
+    )
 
 
 class ScaledTargets(DataSection):

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from gpu_bp.config import Config
 from gpu_bp.errors import UserError, nearest
-from gpu_bp.own import absolute, change_names, names, refuse_untrusted
-from gpu_bp.spec import Record
+from gpu_bp.own import Piece, absolute, change_names, names, refuse_untrusted
 
 # Keys that name files: made absolute when a config is read.
 PATH_KEYS = (
@@ -27,12 +27,12 @@ PATH_KEYS = (
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, own: Sequence[Record] = (), trust_code: bool = True
+    path: str | Path, overrides: Sequence[str] = (), *, own: Sequence[Piece] = (), trust_code: bool = True
 ) -> Config:
     """The config in a TOML file. Overrides are `KEY.PATH=VALUE`, VALUE in TOML, or else a string.
 
     Args:
-        own: records of one's own that it names, passed again.
+        own: pieces of one's own that it names, passed again.
         trust_code: whether what it names as `module:object` may be imported.
 
     Raises:
@@ -57,14 +57,14 @@ def load_config(
 
 
 def parse_config(
-    raw: Mapping[str, Any], where: str = "config", *, own: Sequence[Record] = (), trust_code: bool = True
+    raw: Mapping[str, Any], where: str = "config", *, own: Sequence[Piece] = (), trust_code: bool = True
 ) -> Config:
-    """The config in nested tables, as a TOML file holds them; paths are made absolute.
+    """The config in nested tables, as a TOML file holds them, or NumPy arrays for lists; paths are made absolute.
 
     Raises:
         UserError: as `load_config`.
     """
-    raw = change_names(_absolute(raw), absolute)
+    raw = change_names(_plain(raw), absolute)
     refuse_untrusted(names(raw), where, own, trust_code)
     try:
         return Config.model_validate(raw, context={"own": own})
@@ -104,17 +104,15 @@ def _override(raw: dict[str, Any], override: str) -> None:
     table[last] = value
 
 
-def _absolute(raw: Mapping[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        key: _absolute(value) if isinstance(value, Mapping) else value for key, value in raw.items()
-    }
-    for *parents, last in PATH_KEYS:
-        table: Any = result
-        for part in parents:
-            table = table.get(part) if isinstance(table, dict) else None
-        if isinstance(table, dict) and isinstance(table.get(last), str) and table[last]:
-            table[last] = str(Path(table[last]).absolute())
-    return result
+def _plain(raw: Any, key: tuple[str, ...] = ()) -> Any:
+    """A copy of what stands at a key, or in a list there: paths absolute, arrays as lists."""
+    if isinstance(raw, Mapping):
+        return {name: _plain(value, (*key, name)) for name, value in raw.items()}
+    if isinstance(raw, np.ndarray):
+        return raw.tolist()
+    if isinstance(raw, list):
+        return [_plain(value, key) for value in raw]
+    return str(Path(raw).absolute()) if key in PATH_KEYS and isinstance(raw, str) and raw else raw
 
 
 def _describe(error: ValidationError, raw: Mapping[str, Any]) -> str:
@@ -148,9 +146,11 @@ def _shorten(value: object) -> str:
 
 
 def _key(location: Sequence[str | int], raw: Any) -> str:
-    """The dotted key of a fault, without the kinds that pydantic names on the way."""
+    """The dotted key of a fault, without what pydantic names on the way: kinds, and the 0 of what is no list."""
     parts: list[str] = []
     for part in location:
+        if isinstance(part, int) != isinstance(raw, list):
+            continue
         if part == raw or (isinstance(raw, Mapping) and part not in raw and part == raw.get("kind")):
             continue
         try:

@@ -1,17 +1,28 @@
-"""The typed schema of the `[optimizer]` and `[train]` tables."""
+"""The typed schema of the `[optimizer]`, `[train]` and `[stopping]` tables."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationInfo,
+    model_validator,
+)
 
-from gpu_bp import registry
-from gpu_bp.config_choice import Choice, names_of, with_parameters_of
+from gpu_bp import own, registry
+from gpu_bp.config_choice import Choice, listed, names_of, with_parameters_of
 from gpu_bp.config_types import Count, Positive, Rows, Section
+from gpu_bp.metrics import METRICS, Metric, find
 from gpu_bp.spec import Update
 
 UpdateName = Annotated[str, Field(json_schema_extra=names_of(registry.UPDATES))]
+MetricName = Annotated[str, Field(json_schema_extra=names_of(METRICS))]
 
 
 class OptimizerSection(Choice):
@@ -27,14 +38,59 @@ class OptimizerSection(Choice):
         return cast(Update, self.chosen())
 
 
+class MetricSection(Section):
+    """A metric by name; a function of one's own has keys beside its name. From Python the function itself may stand
+    where its name may."""
+
+    kind: MetricName
+    on: Literal["predictions", "outputs"] | None = Field(
+        None, description="what one's own is given beside the targets; by default predictions"
+    )
+    higher_is_better: bool | None = Field(None, description="of one's own; needed where a model is selected by it")
+    _found: Metric = PrivateAttr()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _find(cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        """Finds the metric once, as `Choice` does its record."""
+        passed = tuple((info.context or {}).get("own", ()))
+        given = value.get("kind") if isinstance(value, Mapping) else None
+        if callable(given):
+            value, passed = {**value, "kind": own.name_of(given)[0]}, (given, *passed)
+        section = handler(value)
+        if section is not value:
+            section._found = find(section.kind, passed, section.on, section.higher_is_better)
+        return section
+
+    def record(self) -> Metric:
+        """The metric."""
+        return self._found
+
+
+def _named(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) or callable(value) else value
+
+
+MetricInput = MetricSection | MetricName
+AnyMetric = Annotated[MetricSection, BeforeValidator(_named, json_schema_input_type=MetricInput)]
+Metrics = Annotated[list[AnyMetric], BeforeValidator(listed, json_schema_input_type=MetricInput | list[MetricInput])]
+
+
 class TrainSection(Section):
     """How long, and in which batches."""
 
     epochs: Count | None = Field(None, description="passes over the training rows; either this or steps")
     steps: Count | None = Field(None, description="steps; either this or epochs")
     batch_size: Count = Field(32, description="rows a step; more than there are means all")
+    part_rows: Count | None = Field(
+        None,
+        description="rows that are computed at a time, at most; their gradients are summed; by default a whole step",
+    )
     sampling: Literal["shuffled", "ordered", "replacement"] = Field("shuffled", description="which rows a step sees")
     precision: Literal["float32", "float64"] = Field("float32", description="of all arithmetic")
+    average_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="of a moving average of the parameters, evaluated and saved beside them; by default none"
+    )
     log_every: Count | None = Field(
         None, description="steps a line of metrics; by default a line an epoch, or a hundred where rows are seen once"
     )
@@ -42,8 +98,26 @@ class TrainSection(Section):
         None, description="stop once the training rows, the first 131,072 at most, have at most so many errors"
     )
 
+    metrics: Metrics = Field([], description="beside the loss and the usual ones of the task, or a single one")
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps")
         return self
+
+    def metric_records(self) -> list[Metric]:
+        """The metrics that are listed."""
+        return [section.record() for section in self.metrics]
+
+
+class StoppingSection(Section):
+    """The best line of metrics: its parameters are kept, and where no better line comes, the training stops."""
+
+    metric: str = Field("validation_loss", description="a key of the lines of metrics, such as validation_accuracy")
+    patience: Count | None = Field(
+        None, description="stop after so many lines without a better one; by default the training goes on to its end"
+    )
+    minimum_improvement: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.0, description="by how much a metric must be better than the best before it, to be the best"
+    )

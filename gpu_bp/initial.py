@@ -1,69 +1,97 @@
-"""Initial parameters: weights drawn from the seed or read from a file; biases start at 0."""
+"""Initial parameters: weights drawn from the seed, given as numbers, or read from a file.
+
+Biases start at 0 unless they are given, gains at 1.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from gpu_bp.config_network import FileWeights, NormalWeights, ScaledWeights, UniformWeights
+from gpu_bp.config_network import (
+    AnyWeights,
+    ArrayWeights,
+    DrawnWeights,
+    FileWeights,
+    NormalWeights,
+    OrthogonalWeights,
+    SparseWeights,
+    UniformWeights,
+)
+from gpu_bp.data.arrays import NpyFile
 from gpu_bp.errors import UserError
 from gpu_bp.network import Network
 from gpu_bp.registry import Purpose, normals, uniforms
+from gpu_bp.state_dict import by_layer
+from gpu_bp.tensor_file import read_tensors
 
 
-def initialise(
-    network: Network, weights: UniformWeights | NormalWeights | ScaledWeights | FileWeights, seed: int
-) -> None:
-    """Sets a network's parameters. The layers' weights are consecutive draws of one stream.
+def initialise(network: Network, weights: Sequence[AnyWeights], seed: int) -> None:
+    """Sets a network's parameters. `weights`: one choice for all layers, or one a layer.
 
-    The scaled kinds: Glorot and Bengio (2010), He et al. (2015), LeCun et al. (1998).
+    A stream is laid over the weights of all layers, one after the other: what a layer draws does not depend on the
+    choices for the others.
 
     Raises:
-        UserError: a file that is missing, not safetensors, or does not fit the network.
+        UserError: numbers or a file that do not fit the network (which layer or tensor, and the right shape), or a
+            file that is missing or of another kind.
     """
-    if isinstance(weights, FileWeights):
+    first = weights[0]
+    if isinstance(first, FileWeights) and not first.of_one_layer:
         try:
-            network.load(read_tensors(Path(weights.path)))
+            network.load(by_layer(network, read_tensors(Path(first.path))))
         except UserError as error:
-            raise UserError(f"network.weights, {weights.path}: {error}") from None
+            raise UserError(f"network.weights, {first.path}: {error}") from None
         return
-    tensors: dict[str, np.ndarray] = {}
+    tensors = {name: np.full(shape, float(name.endswith("gains"))) for name, shape in network.layout.shapes.items()}
     start = 0
-    for name, shape in network.layout.shapes.items():
-        if not name.endswith(".weights"):
-            tensors[name] = np.zeros(shape)
-            continue
-        count = math.prod(shape)
-        draws = _draws(weights, seed, start, count, *shape)
-        tensors[name] = draws.reshape(shape)
-        start += count
-    network.load(tensors)
+    for k, choice in enumerate(weights if len(weights) > 1 else [first] * len(network.layers)):
+        name, where = f"layers.{k}.weights", f"network.weights.{k}"
+        n_out, n_in = network.layout.shapes[name]
+        if isinstance(choice, FileWeights):
+            file = NpyFile(Path(choice.path), where)
+            tensors[name] = file.read(0, len(file)).astype(np.float64)
+            where += f", {choice.path}"
+        elif isinstance(choice, ArrayWeights):
+            tensors[name] = np.array(choice.weights)
+            if choice.biases is not None:
+                tensors[f"layers.{k}.biases"] = np.array(choice.biases)
+        else:
+            tensors[name] = _draw(choice, seed, start, n_out, n_in)
+        if tensors[name].shape != (n_out, n_in):
+            raise UserError(f"{where}: the shape is {tensors[name].shape}, {name} needs {(n_out, n_in)}")
+        start += n_out * n_in
+    try:
+        network.load(tensors)
+    except UserError as error:  # biases
+        raise UserError(f"network.weights: {error}") from None
 
 
-def _draws(
-    weights: UniformWeights | NormalWeights | ScaledWeights, seed: int, start: int, count: int, n_out: int, n_in: int
-) -> np.ndarray:
+def _draw(weights: DrawnWeights, seed: int, start: int, n_out: int, n_in: int) -> np.ndarray:
+    """Weights (n_out, n_in) from the elements of the stream from `start` on.
+
+    Glorot and Bengio (2010), He et al. (2015), LeCun et al. (1998); orthogonal: Saxe et al. (2014); sparse: Martens
+    (2010).
+    """
+    key, shape = (seed, Purpose.WEIGHTS, start, n_out * n_in), (n_out, n_in)
     if isinstance(weights, UniformWeights):
-        return weights.low + (weights.high - weights.low) * uniforms(seed, Purpose.WEIGHTS, start, count)
+        return weights.low + (weights.high - weights.low) * uniforms(*key).reshape(shape)
     if isinstance(weights, NormalWeights):
-        return weights.sd * normals(seed, Purpose.WEIGHTS, start, count)
+        return weights.sd * normals(*key).reshape(shape)
+    if isinstance(weights, OrthogonalWeights):
+        q, r = np.linalg.qr(normals(*key).reshape(max(shape), min(shape)))
+        q *= np.where(np.diag(r) < 0, -1.0, 1.0)  # else some orthogonal matrices would be likelier than others
+        return weights.gain * (q if n_out >= n_in else q.T)
+    if isinstance(weights, SparseWeights):
+        lots = uniforms(seed, Purpose.CONNECTIONS, start, n_out * n_in).reshape(shape)
+        unconnected = lots.argsort(axis=1, kind="stable")[:, weights.connections :]
+        drawn = weights.sd * normals(*key).reshape(shape)
+        np.put_along_axis(drawn, unconnected, 0.0, axis=1)
+        return drawn
     sd = math.sqrt({"glorot": 2 / (n_in + n_out), "he": 2 / n_in, "lecun": 1 / n_in}[weights.kind])
     if weights.distribution == "normal":
-        return sd * normals(seed, Purpose.WEIGHTS, start, count)
-    return math.sqrt(3) * sd * (2 * uniforms(seed, Purpose.WEIGHTS, start, count) - 1)
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The named tensors of a safetensors file. Raises UserError where it is missing or is none."""
-    if not path.is_file():
-        raise UserError(f"no file {path}")
-    try:
-        return load_file(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (SafetensorError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from None
+        return sd * normals(*key).reshape(shape)
+    return math.sqrt(3) * sd * (2 * uniforms(*key).reshape(shape) - 1)

@@ -10,17 +10,16 @@ from typing import Any, cast
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from gpu_bp import registry
 from gpu_bp.backends import Backend
 from gpu_bp.data.preparation import Preparation
 from gpu_bp.data.sources import put
 from gpu_bp.errors import UserError
-from gpu_bp.initial import read_tensors
 from gpu_bp.network import Network
-from gpu_bp.own import refuse_untrusted
+from gpu_bp.own import Piece, refuse_untrusted
 from gpu_bp.spec import Activation, Record, RowActivation
+from gpu_bp.tensor_file import read_tensors, write_tensors
 
 KEY = "gpu_bp"  # of the one entry of the file's metadata: with more, their order and so the bytes would vary
 FORMAT = 1
@@ -46,16 +45,14 @@ class Model:
             "dtype": network.dtype.name,
             "preparation": self.preparation.to_json(),
         }
-        part = path.with_name(path.name + ".part")
-        save_file(network.tensors(), part, metadata={KEY: json.dumps(description)})
-        part.replace(path)
+        write_tensors(path, network.tensors(), metadata={KEY: json.dumps(description)})
 
     @classmethod
-    def load(cls, path: Path, backend: Backend, *, own: Sequence[Record] = (), trust_code: bool = False) -> Model:
+    def load(cls, path: Path, backend: Backend, *, own: Sequence[Piece] = (), trust_code: bool = False) -> Model:
         """Reads the file.
 
         Args:
-            own: records of one's own that it names, passed again.
+            own: pieces of one's own that it names, passed again.
             trust_code: whether what it names as `module:object` may be imported.
 
         Raises:
@@ -114,7 +111,7 @@ def _named_record(record: Record) -> dict[str, Any]:
     return {"kind": kind, **values}
 
 
-def _activation(own: Sequence[Record], kind: str, **parameters: Any) -> Activation | RowActivation:
+def _activation(own: Sequence[Piece], kind: str, **parameters: Any) -> Activation | RowActivation:
     record = registry.choose(registry.find("activation", kind, own), kind, parameters)
     return cast(Activation | RowActivation, record)
 

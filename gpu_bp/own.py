@@ -1,8 +1,8 @@
-"""Pieces of a user's own: records and sources that a config names, `module:object` or `path/to/file.py:object`.
+"""Pieces of a user's own: records, functions and sources that a config names, `module:object` or `file.py:object`.
 
 What a config names is imported when it is read, and so runs. The user wrote the config of a training; a run folder or a
-model file may be anybody's: what reads these asks `refuse_untrusted` first. A record that no module holds under a name
-(of `__main__`, of a function) is called `own:NAME`, and has to be passed again, `own=[record]`.
+model file may be anybody's: what reads these asks `refuse_untrusted` first. A piece that no module holds under a name
+(of `__main__`, of a function) is called `own:NAME`, and has to be passed again, `own=[piece]`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 from gpu_bp.errors import UserError, nearest
 from gpu_bp.spec import Record
+
+Piece = Record | Callable[..., Any]
 
 # Where in a config a piece may stand: a name, a table with a kind, a list, or a table of these.
 PLACES = (
@@ -40,7 +42,7 @@ def load(name: str) -> object:
     if not module_name or not path:
         raise UserError(f"{name!r} is not of the form module:object or path/to/file.py:object")
     if module_name == "own":
-        raise UserError(f"{name!r} is a record that was passed from Python: pass it again, own=[{path}]")
+        raise UserError(f"{name!r} is a piece that was passed from Python: pass it again, own=[{path}]")
     found: Any = _module(module_name)
     for part in path.split("."):
         if not hasattr(found, part):
@@ -52,13 +54,13 @@ def load(name: str) -> object:
     return found
 
 
-def find(name: str, kinds: tuple[type[Record], ...], own: Sequence[Record] = ()) -> Record:
+def find(name: str, kinds: tuple[type[Record], ...], own: Sequence[Piece] = ()) -> Record:
     """The record of that name: one of those passed, or else what `load` gives.
 
     Raises:
         UserError: as `load`, or it is of none of the kinds.
     """
-    found = next((record for record in own if _stands_for(record, name)), None) or load(name)
+    found = _passed_or_loaded(name, own)
     if not isinstance(found, kinds):
         raise UserError(f"{name} is {_article(type(found))}, {_article(kinds[0])} is needed")
     if not (found.name.isascii() and found.name.isidentifier()):
@@ -66,28 +68,39 @@ def find(name: str, kinds: tuple[type[Record], ...], own: Sequence[Record] = ())
     return found
 
 
-def name_of(record: Record) -> tuple[str, dict[str, Any]]:
-    """What a record that is not the package's is called in a config, and the values to be written beside that name."""
+def find_function(name: str, own: Sequence[Piece] = ()) -> Callable[..., Any]:
+    """The function of that name, likewise."""
+    found = _passed_or_loaded(name, own)
+    if not callable(found):
+        raise UserError(f"{name} is {_article(type(found))}, a function is needed")
+    return found
+
+
+def name_of(piece: Piece) -> tuple[str, dict[str, Any]]:
+    """What a piece that is not the package's is called in a config, and the values to be written beside that name."""
+    values = piece.values if isinstance(piece, Record) else {}
     for module_name, module in list(sys.modules.items()):
         held = dict(getattr(module, "__dict__", {}))
         if module_name == "__main__" or held.get("__spec__") is None:  # it cannot be imported under that name
             continue
         for attribute, value in held.items():
-            if same_formula(value, record):
-                differing = {key: chosen for key, chosen in record.values.items() if chosen != value.values[key]}
+            if value is piece or same_formula(value, piece):
+                differing = {key: chosen for key, chosen in values.items() if chosen != value.values[key]}
                 return f"{module_name}:{attribute}", differing
-    return f"own:{record.name}", dict(record.values)
+    return f"own:{_called(piece)}", dict(values)
 
 
-def same_formula(a: object, b: Record) -> bool:
+def same_formula(a: object, b: object) -> bool:
     """Whether two records are one but for the values chosen: `with_parameters` keeps the parameters themselves."""
-    return type(a) is type(b) and isinstance(a, Record) and a.name == b.name and a.parameters is b.parameters
+    if type(a) is not type(b) or not isinstance(a, Record) or not isinstance(b, Record):
+        return False
+    return a.name == b.name and a.parameters is b.parameters
 
 
-def refuse_untrusted(names: Iterable[str], where: str, own: Sequence[Record], trust_code: bool) -> None:
-    """Raises UserError where a file names code, unless it is trusted or the record was passed."""
+def refuse_untrusted(names: Iterable[str], where: str, own: Sequence[Piece], trust_code: bool) -> None:
+    """Raises UserError where a file names code, unless it is trusted or the piece was passed."""
     for name in names:
-        passed = name.startswith("own:") or any(_stands_for(record, name) for record in own)
+        passed = name.startswith("own:") or any(_stands_for(piece, name) for piece in own)
         if not trust_code and not passed:
             raise UserError(
                 f"{where} names code, {name}, which runs when it is read: "
@@ -132,8 +145,17 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _stands_for(record: Record, name: str) -> bool:
-    return name in (f"own:{record.name}", name_of(record)[0])
+def _passed_or_loaded(name: str, own: Sequence[Piece]) -> object:
+    return next((piece for piece in own if _stands_for(piece, name)), None) or load(name)
+
+
+def _stands_for(piece: Piece, name: str) -> bool:
+    return name == f"own:{_called(piece)}" or name == name_of(piece)[0]
+
+
+def _called(piece: Piece) -> str:
+    """A record's name, or a function's, where it has one: a lambda is called `lambda`."""
+    return piece.name if isinstance(piece, Record) else getattr(piece, "__name__", type(piece).__name__).strip("<>")
 
 
 def _article(kind: type) -> str:

@@ -32,7 +32,7 @@ def describe(line: dict[str, Any]) -> str:
     words += [
         f"{key.replace('_', ' ')} {value:.6g}"
         for key, value in line.items()
-        if key.startswith("validation_") or key == "train_errors"
+        if key.startswith(("validation_", "average_")) or key == "train_errors"
     ]
     return "  ".join(words)
 

@@ -88,12 +88,12 @@ TABLES: dict[str, tuple[dict[str, Any], tuple[type[Record], ...]]] = {
 }
 
 
-def find(what: str, name: str, passed: Sequence[Record] = ()) -> Record:
+def find(what: str, name: str, passed: Sequence[own.Piece] = ()) -> Record:
     """The record of that name: an activation, a loss or an optimizer, of the package or of one's own.
 
     Args:
         what: a key of `TABLES`. name: one of its names, or `module:object`, see `own.py`.
-        passed: records of one's own that were passed from Python.
+        passed: pieces of one's own that were passed from Python.
 
     Raises:
         UserError: no such record, or it is of another kind.

@@ -33,12 +33,13 @@ def draw(folder: RunFolder, model: Model, dataset: Dataset) -> list[Path]:
     return pictures
 
 
-def _figure(width: float, height: float, columns: int = 1, **keywords: Any) -> tuple[Figure, list[Axes]]:
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **keywords: Any) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes, row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
-    axes = figure.subplots(1, columns, squeeze=False, **keywords)
-    return figure, list(axes[0])
+    axes = figure.subplots(rows, columns, squeeze=False, **keywords)
+    return figure, list(axes.flat)
 
 
 def _save(figure: Figure, path: Path) -> Path:
@@ -47,34 +48,46 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def _curves(folder: RunFolder) -> Path:
-    """The losses over the steps, and the learning rate below them."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
-
+    """The losses over the steps, and below them the learning rate where it changes."""
     lines = folder.metrics()
-    steps = [line["step"] for line in lines]
-    figure = Figure(figsize=(7, 5), layout="constrained", dpi=120)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    steps, rates = [line["step"] for line in lines], [line["learning_rate"] for line in lines]
+    if len(set(rates)) > 1:
+        figure, axes = _figure(7, 5.5, rows=2, sharex=True, height_ratios=[2.5, 1])
+    else:
+        figure, axes = _figure(7, 4)
+    top, bottom = axes[0], axes[-1]
     marker = "o" if len(lines) < 3 else ""
     for key, label in (("train_loss", "training"), ("validation_loss", "validation")):
         values = [line.get(key) for line in lines]
         if any(value is not None for value in values):
             numbers = np.array([np.nan if value is None else value for value in values], float)
             top.plot(steps, numbers, label=label, marker=marker, linewidth=1.2)
-    losses = [line[key] for line in lines for key in line if key.endswith("_loss") and line[key] is not None]
+    losses = [line[key] for line in lines for key in ("train_loss", "validation_loss") if line.get(key) is not None]
     if losses and min(losses) > 0:
-        top.set_yscale("log")
-        if max(losses) > 10 * min(losses):
-            top.yaxis.set_minor_formatter(NullFormatter())  # the decades are labels enough
+        _decades(top, losses)
     top.set_ylabel("mean loss of a row")
     top.grid(alpha=0.3)
     top.legend(loc="upper right")
-    bottom.plot(steps, [line["learning_rate"] for line in lines], color="tab:gray", marker=marker, linewidth=1.2)
-    bottom.set_ylabel("learning rate")
-    bottom.set_ylim(bottom=0)
+    if bottom is not top:
+        bottom.plot(steps, rates, color="tab:gray", marker=marker, linewidth=1.2)
+        bottom.set_ylabel("learning rate")
+        bottom.grid(alpha=0.3)
+        if max(rates) > 10 * min(rates) > 0:
+            _decades(bottom, rates)
+        else:
+            bottom.set_ylim(bottom=0)
     bottom.set_xlabel("step")
-    bottom.grid(alpha=0.3)
+    figure.align_ylabels()
     return _save(figure, folder.path / "curves.png")
+
+
+def _decades(axis: Axes, values: list[float]) -> None:
+    """A logarithmic axis for such values."""
+    from matplotlib.ticker import NullFormatter
+
+    axis.set_yscale("log")
+    if max(values) > 10 * min(values):
+        axis.yaxis.set_minor_formatter(NullFormatter())  # the decades are labels enough
 
 
 def _boundary(folder: RunFolder, model: Model, dataset: Dataset) -> Path:

@@ -3,7 +3,9 @@
 config.toml        the whole config, with absolute paths: it trains the same again
 metrics.jsonl      a line an epoch, or every `train.log_every` steps
 summary.json       how the run ended, and the metrics on each split
-model.safetensors  the network and the preparation of its data
+model.safetensors  the network and the preparation of its data; with [stopping], as it was at its best
+last.safetensors   with [stopping], the network as the last step left it
+average.safetensors  with train.average_decay, the moving average of its parameters (at that best, likewise)
 *.png              pictures
 """
 
@@ -19,8 +21,10 @@ from typing import Any
 
 from gpu_bp.config import Config
 from gpu_bp.config_file import dump_config, load_config
-from gpu_bp.errors import UserError
-from gpu_bp.spec import Record
+from gpu_bp.errors import UserError, unknown
+from gpu_bp.own import Piece
+
+MODELS = ("model", "last", "average")
 
 
 class RunFolder:
@@ -31,7 +35,7 @@ class RunFolder:
         self.config_file = path / "config.toml"
         self.metrics_file = path / "metrics.jsonl"
         self.summary_file = path / "summary.json"
-        self.model_file = path / "model.safetensors"
+        self.model_file, self.last_file, self.average_file = (path / f"{name}.safetensors" for name in MODELS)
 
     @classmethod
     def create(cls, config: Config, path: Path | None = None) -> RunFolder:
@@ -76,7 +80,21 @@ class RunFolder:
                 raise UserError(f"{path} is not a run folder: it has no {file.name}")
         return folder
 
-    def config(self, *, own: Sequence[Record] = (), trust_code: bool = False) -> Config:
+    def model(self, name: str) -> Path:
+        """The file of one of the `MODELS`.
+
+        Raises:
+            UserError: no such model, or this run has none.
+        """
+        if name not in MODELS:
+            raise unknown("model", name, MODELS)
+        file = self.path / f"{name}.safetensors"
+        if not file.is_file():
+            need = {"last": "[stopping]", "average": "train.average_decay"}[name]
+            raise UserError(f"{self.path} has no {file.name}: only a run with {need} in its config has one")
+        return file
+
+    def config(self, *, own: Sequence[Piece] = (), trust_code: bool = False) -> Config:
         """The config of the run. Raises UserError as `load_config`, such as where it names code that is not trusted."""
         return load_config(self.config_file, own=own, trust_code=trust_code)
 

@@ -18,8 +18,8 @@ from gpu_bp.data.source import Source
 from gpu_bp.data.sources import settle
 from gpu_bp.errors import UserError
 from gpu_bp.model import Model
+from gpu_bp.own import Piece
 from gpu_bp.run_folder import RunFolder
-from gpu_bp.spec import Record
 from gpu_bp.trainer import Trainer, evaluators
 
 Lines = Iterable[dict[str, Any] | None]
@@ -73,15 +73,18 @@ def train(
     trainer = Trainer(config, backend, _dataset(config, sources, backend))
     logging.getLogger("gpu_bp").info(trainer.where_data)
     folder = RunFolder.create(config, path)
-    steps = trainer.run(interrupted)
+    steps, saved = trainer.run(interrupted), 0
     try:
         for line in watch(trainer, steps) if watch else steps:
             if line is not None:
                 folder.add_metrics(line)
-        _save(trainer, folder)  # before the evaluation, which may meet a broken row
+        saved = _save(trainer, folder)  # before the evaluation, which may meet a broken row
         evaluated = trainer.evaluate()
+        if trainer.average:
+            evaluated["average"] = trainer.evaluate_average()
     except UserError as error:
-        kept = f", its network after {trainer.steps} steps in {folder.model_file}" if _save(trainer, folder) else ""
+        saved = saved or _save(trainer, folder)
+        kept = f", its network after {saved} steps in {folder.model_file}" if saved else ""
         raise UserError(f"{error} (its metrics are in {folder.metrics_file}{kept})") from None
     finally:
         steps.close()  # nothing is read ahead any more
@@ -97,6 +100,7 @@ def train(
         "seconds": trainer.seconds,
         "rows_per_second": trainer.rows / trainer.seconds,
         "stopped": trainer.stopped,
+        **({"best": trainer.selection.best} if trainer.selection else {}),
         **evaluated,
     }
     folder.write_summary(summary)
@@ -108,20 +112,34 @@ def train(
     return Result(summary, trainer.model, folder.path, drawn)
 
 
-def _save(trainer: Trainer, folder: RunFolder) -> bool:
-    """Saves the network, unless there is none worth it: no step was taken, or the training diverged."""
-    network = trainer.model.network
-    worth = trainer.steps > 0 and bool(np.isfinite(network.backend.to_host(network.parameters)).all())
-    if worth:
+def _save(trainer: Trainer, folder: RunFolder) -> int:
+    """Saves the network, unless there is none worth it: no step was taken, or the training diverged.
+
+    Where the best is selected, the last is saved beside it, and the network is the best from then on.
+
+    Returns:
+        how many steps the network saved as the run's has taken, 0 where there is none.
+    """
+    network, steps = trainer.model.network, trainer.steps
+    if not np.isfinite(network.backend.to_host(network.parameters)).all():
+        steps = 0
+    if trainer.selection:
+        if steps:
+            trainer.model.save(folder.last_file)
+        steps = trainer.selection.restore() or steps
+    if steps:
         trainer.model.save(folder.model_file)
-    return worth
+        if trainer.average:
+            Model(trainer.average.network, trainer.model.preparation).save(folder.average_file)
+    return steps
 
 
 def evaluate(
     run: str | Path,
     *,
+    model: str = "model",
     sources: Mapping[str, Source] | None = None,
-    own: Sequence[Record] = (),
+    own: Sequence[Piece] = (),
     trust_code: bool = False,
     backend: str | Backend = "auto",
 ) -> dict[str, dict[str, Any]]:
@@ -129,8 +147,9 @@ def evaluate(
 
     Args:
         run: the run folder.
+        model: "model"; or "last" (of a run with [stopping]) or "average" (with train.average_decay).
         sources: of data of kind "own", as for `train`.
-        own: records of one's own that the run names, passed again.
+        own: pieces of one's own that the run names, passed again.
         trust_code: whether code that the run names as `module:object` may be run.
         backend: "auto", "numpy", "cupy", or a backend.
 
@@ -140,15 +159,17 @@ def evaluate(
     backend = _backend(backend)
     folder = RunFolder.open(Path(run))
     config = folder.config(own=own, trust_code=trust_code)
-    model = Model.load(folder.model_file, backend, own=own, trust_code=trust_code)
-    dataset = _dataset(config, sources, backend) or load_data(config, model.preparation, backend=backend)
-    if [dataset.n_inputs, dataset.n_targets] != [model.network.widths[0], model.network.widths[-1]]:
+    file = folder.model(model)
+    loaded = Model.load(file, backend, own=own, trust_code=trust_code)
+    network = loaded.network
+    dataset = _dataset(config, sources, backend) or load_data(config, loaded.preparation, backend=backend)
+    if [dataset.n_inputs, dataset.n_targets] != [network.widths[0], network.widths[-1]]:
         raise UserError(
-            f"{folder.model_file} takes {model.network.widths[0]} inputs and gives {model.network.widths[-1]} outputs; "
+            f"{file} takes {network.widths[0]} inputs and gives {network.widths[-1]} outputs; "
             f"the data of {folder.config_file} have {dataset.n_inputs} inputs and {dataset.n_targets} targets"
         )
-    sources, _ = settle(backend, dataset.sources, config.data.residency, model.network.dtype)
-    made = evaluators(model.network, config.loss.record(), sources)
+    sources, _ = settle(backend, dataset.sources, config.data.residency, network.dtype)
+    made = evaluators(network, config.loss.record(), sources, config.train.metric_records())
     return {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in made.items()}
 
 

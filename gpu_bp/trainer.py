@@ -6,7 +6,7 @@ source -> batches -> step: forward -> output delta -> backward -> update -> metr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,20 +14,22 @@ import numpy as np
 
 from gpu_bp.backends import Backend
 from gpu_bp.config import Config
-from gpu_bp.config_schedule import FactorSchedule, LinearSchedule
+from gpu_bp.config_schedule import PlateauSchedule
 from gpu_bp.data import Dataset, load_data
 from gpu_bp.data.batches import Batches
+from gpu_bp.data.classes import class_weights
 from gpu_bp.data.source import Source
 from gpu_bp.data.sources import settle
-from gpu_bp.data.task import Metrics
-from gpu_bp.errors import UserError
+from gpu_bp.errors import UserError, unknown
 from gpu_bp.initial import initialise
+from gpu_bp.metrics import Metric, Metrics
 from gpu_bp.model import Model
 from gpu_bp.network import Network
 from gpu_bp.optimizer import Optimizer
-from gpu_bp.schedule import Schedule, by_step, constant, exponential, linear
+from gpu_bp.schedule import Schedule
+from gpu_bp.selection import Selection
 from gpu_bp.spec import Loss
-from gpu_bp.step import Objective, Step
+from gpu_bp.step import Average, Objective, Step
 
 # Rows that are evaluated at a time; fixed, so that the same network always gives the same figures.
 EVALUATION_ROWS = 4096
@@ -49,9 +51,15 @@ def build_network(config: Config, dataset: Dataset, backend: Backend, dtype: str
         [dataset.n_inputs, *config.network.hidden, n_outputs],
         [*config.network.hidden_activations(), config.output_activation()],
         biases=config.network.biases,
+        normalise=config.network.normalise,
+        residual=config.network.residual,
         backend=backend,
         dtype=dtype or config.train.precision,
     )
+    if network.residual and not any(layer.shortcut for layer in network.layers):
+        raise UserError(
+            f"network.residual: no hidden layer is as wide as its inputs, the widths are {network.widths}; leave it out"
+        )
     initialise(network, config.network.weights, config.seed)
     return network
 
@@ -61,30 +69,39 @@ class Evaluator:
 
     Args:
         most: rows, at most, rounded up to whole blocks of `EVALUATION_ROWS`.
+        metrics: those beside the usual ones.
+
+    Raises:
+        UserError: a metric that does not go with the source.
     """
 
-    def __init__(self, network: Network, loss: Loss, source: Source, most: int | None = None) -> None:
+    def __init__(
+        self, network: Network, loss: Loss, source: Source, most: int | None = None, metrics: Sequence[Metric] = ()
+    ) -> None:
         self._backend = network.backend
-        self._task = source.task
+        self.metrics = Metrics(source.task, source.n_targets, metrics, weighted=source.weighted)
         self._batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype)
         self._objective = Objective(network, loss, self._batches.size, backward=False)
         self._steps = min(self._batches.per_epoch, -(-(most or source.n_rows) // self._batches.size))
         self.rows = min(source.n_rows, self._steps * self._batches.size)
 
     def __call__(self) -> dict[str, Any]:
-        """`loss`, the mean over the rows, and the task's metrics. Waits for the device."""
-        metrics = Metrics(self._task)
+        """`loss`, the mean over the rows, and the metrics. Waits for the device."""
+        to_host = self._backend.to_host
         with np.errstate(over="ignore", invalid="ignore"):  # where a loss is not finite, the caller sees it
             for batch in islice(self._batches.epoch(0, follows=False), self._steps):
                 outputs = self._objective.forward(batch)
-                metrics.add(self._backend.to_host(outputs), self._backend.to_host(batch.targets))
-            return {"loss": self._objective.mean_loss(), **metrics.result()}
+                weights = None if batch.weights is None else to_host(batch.weights)
+                self.metrics.add(to_host(outputs), to_host(batch.targets), weights)
+            return {"loss": self._objective.mean_loss(), **self.metrics.result()}
 
 
-def evaluators(network: Network, loss: Loss, sources: Mapping[str, Source]) -> dict[str, Evaluator]:
+def evaluators(
+    network: Network, loss: Loss, sources: Mapping[str, Source], metrics: Sequence[Metric] = ()
+) -> dict[str, Evaluator]:
     """An evaluator for each split; of the training rows the first `TRAINING_ROWS` at most."""
     return {
-        name: Evaluator(network, loss, source, TRAINING_ROWS if name == "train" else None)
+        name: Evaluator(network, loss, source, TRAINING_ROWS if name == "train" else None, metrics)
         for name, source in sources.items()
     }
 
@@ -97,6 +114,7 @@ class Trainer:
         model: the network as it is now, and the preparation of its data.
         total_steps: how many steps the whole training has. steps, rows: how many were taken, and their rows.
         stopped: why it ended before its length ("" where it did not).
+        average: the moving average of the parameters, and selection: the best of them; None where not asked for.
     """
 
     def __init__(self, config: Config, backend: Backend, dataset: Dataset | None = None) -> None:
@@ -108,13 +126,14 @@ class Trainer:
         self.model = Model(network, dataset.preparation)
         data = config.data
         sources, self.where_data = settle(backend, dataset.sources, data.residency, network.dtype)
-        self._evaluators = evaluators(network, loss, sources)
+        self._evaluators = evaluators(network, loss, sources, train.metric_records())
         self._batches = Batches(
             backend,
             sources["train"],
             train.batch_size,
             train.sampling,
             config.seed,
+            part_rows=train.part_rows,
             dtype=network.dtype,
             block_rows=data.block_rows,
             window_blocks=data.window_blocks,
@@ -133,13 +152,69 @@ class Trainer:
                 f"{record.name} needs the gradient of all rows at each step: set train.batch_size = {n_rows} or more, "
                 "and train.sampling to shuffled or ordered"
             )
-        if record.full_batch and config.schedule.kind != "constant":
+        if record.full_batch and (config.schedule.kind != "constant" or config.schedule.warmup_steps):
             raise UserError(f"{record.name} changes its step sizes itself; leave schedule out")
-        optimizer = Optimizer(record, network, _schedule(config, self.total_steps))
-        self._step = Step(Objective(network, loss, self._batches.size), optimizer)
+        self.average = Average(network, train.average_decay) if train.average_decay else None
+        self._averaged = evaluators(self.average.network, loss, sources, train.metric_records()) if self.average else {}
+        self._step = self._build_step(loss)
+        self.selection = self._build_selection()
         self.steps = self.rows = 0
         self.seconds = 0.0
         self.stopped = ""
+
+    def _build_step(self, loss: Loss) -> Step:
+        """The training step, with all that the config asks of it."""
+        config, network = self.config, self.model.network
+        asked = config.regularisation
+        weights = config.loss.class_weight
+        objective = Objective(
+            network,
+            loss,
+            self._batches.part_size,
+            noise=config.noise(),
+            class_weights=class_weights(weights, self.dataset) if weights else None,
+        )
+        optimizer = Optimizer(
+            config.optimizer.record(),
+            network,
+            self._build_schedule(),
+            penalties=asked.penalties,
+            biases=asked.biases,
+        )
+        return Step(objective, optimizer, clip_norm=asked.clip_norm, max_norm=asked.max_norm, average=self.average)
+
+    def _build_schedule(self) -> Schedule:
+        section = self.config.schedule
+        if isinstance(section, PlateauSchedule):
+            self._refuse_without_validation("schedule", section.metric)
+        return section.over(self.config.optimizer.learning_rate, self.total_steps)
+
+    def _build_selection(self) -> Selection | None:
+        section = self.config.stopping
+        if section is None:
+            return None
+        self._refuse_without_validation("stopping", section.metric)
+        if section.metric.startswith("average_") and not self.average:
+            raise UserError(f"stopping.metric is {section.metric}, and no average is kept; set train.average_decay")
+        metrics, groups = self._evaluators["train"].metrics, self._groups()
+        known = ["train_loss", *(f"{group}_{key}" for group in groups for key in ("loss", *metrics.keys))]
+        if section.metric not in known:
+            raise UserError(f"stopping.metric: {unknown('metric', section.metric, known)}")
+        average = [self.average.network] if self.average else []
+        rises = metrics.rises(section.metric.removeprefix("average_"))
+        return Selection(section, rises, [self.model.network, *average])
+
+    def _groups(self) -> dict[str, Evaluator]:
+        """What a line of metrics has of the validation rows, by the first part of its keys."""
+        made = {"validation": self._evaluators, "average_validation": self._averaged}
+        return {name: splits["validation"] for name, splits in made.items() if "validation" in splits}
+
+    def _refuse_without_validation(self, table: str, metric: str) -> None:
+        if metric.removeprefix("average_").startswith("validation_") and "validation" not in self._evaluators:
+            raise UserError(
+                f"{table}.metric is {metric}, and there are no validation rows; set data.validation_rows, "
+                f'or {table}.metric = "train_loss"'
+            )
 
     def run(self, interrupted: Callable[[], bool] = lambda: False) -> Generator[dict[str, Any] | None, None, None]:
         """Trains; yields None after a step, and a line of metrics where one is due.
@@ -159,8 +234,10 @@ class Trainer:
                 for batch in self._batches.epoch(epoch, follows=follows):
                     rate = optimizer.learning_rate
                     self._step(batch)
-                    self.steps += 1
                     self.rows += batch.n
+                    if not batch.last:
+                        continue
+                    self.steps += 1
                     if interrupted():
                         self.stopped = "interrupted"
                     last = self.steps == self.total_steps or bool(self.stopped)
@@ -171,7 +248,12 @@ class Trainer:
                     train_loss = objective.mean_loss()
                     self.seconds = time.perf_counter() - begin
                     line |= {"seconds": self.seconds, "learning_rate": rate, "train_loss": train_loss}
-                    yield line | self._evaluate_line()
+                    line |= self._evaluate_line()
+                    if self.selection and self.selection.observe(line):
+                        self.stopped = self.stopped or "patience"
+                    if self.steps % self._log_every == 0:  # no line that only ends the training
+                        optimizer.schedule.observe(line)
+                    yield line
                     self._refuse_divergence(train_loss)
                     begin = time.perf_counter() - self.seconds  # what evaluation took is not training
                     if last or self.stopped:
@@ -183,14 +265,18 @@ class Trainer:
         return self._step.objective.mean_loss(reset=False)
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
-        """The loss and the task's metrics on each split that has rows.
+        """The loss and the metrics on each split that has rows.
 
         Raises:
             UserError: the last step has made the loss on the training rows infinite.
         """
-        result = {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in self._evaluators.items()}
+        result = _evaluate(self._evaluators)
         self._refuse_divergence(result["train"]["loss"])
         return result
+
+    def evaluate_average(self) -> dict[str, dict[str, Any]]:
+        """Likewise of the averaged parameters; empty where there is no average."""
+        return _evaluate(self._averaged)
 
     def _refuse_divergence(self, loss: float) -> None:
         if not np.isfinite(loss):
@@ -202,8 +288,8 @@ class Trainer:
     def _evaluate_line(self) -> dict[str, Any]:
         """What a line of metrics says beside the training loss."""
         line: dict[str, Any] = {}
-        if "validation" in self._evaluators:
-            line = {f"validation_{name}": value for name, value in self._evaluators["validation"]().items()}
+        for group, evaluator in self._groups().items():
+            line |= {f"{group}_{name}": value for name, value in evaluator().items()}
         limit = self.config.train.stop_at_errors
         if limit is not None:
             line["train_errors"] = self._evaluators["train"]()["errors"]
@@ -212,10 +298,5 @@ class Trainer:
         return line
 
 
-def _schedule(config: Config, total_steps: int) -> Schedule:
-    rate, section = config.optimizer.learning_rate, config.schedule
-    if isinstance(section, LinearSchedule):
-        return linear(rate, section.final, section.steps or total_steps)
-    if isinstance(section, FactorSchedule):
-        return (exponential if section.kind == "exponential" else by_step)(rate, section.factor, section.every)
-    return constant(rate)
+def _evaluate(made: Mapping[str, Evaluator]) -> dict[str, dict[str, Any]]:
+    return {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in made.items()}

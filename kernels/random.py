@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     LABELS = 7
     WINDOWS = 8  # the order of the rows within a window
     INPUT_NOISE = 9  # added to the inputs of a training step
+    CONNECTIONS = 10  # which inputs a unit of sparse weights has
 
 
 # uniform(seed, purpose, row, draws, j) is element row * draws + j of a stream, in 128 bits, so that it never overflows.

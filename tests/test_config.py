@@ -104,7 +104,7 @@ def test_paths_become_absolute(in_tmp: Path) -> None:
     raw["network"] = {"weights": {"kind": "file", "path": "w.safetensors"}}
     config = parse_config(raw).model_dump()
     assert config["data"]["path"] == str(in_tmp / "d/t.csv")
-    assert config["network"]["weights"]["path"] == str(in_tmp / "w.safetensors")
+    assert config["network"]["weights"][0]["path"] == str(in_tmp / "w.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -136,6 +136,14 @@ def test_paths_become_absolute(in_tmp: Path) -> None:
         ("network.output_activation=softmax", "network.output_activation: softmax needs loss.kind = 'cross_entropy'"),
         ("network.weights={kind='uniform', low=1, high=1}", "network.weights: low must be less than high"),
         ("network.weights.kind=normal", "network.weights.sd is missing"),
+        ("network.weights=['he','he']", "network: 2 weights are listed for 1 layers, the output's included"),
+        ("network.weights=['sprase']", "network.weights.0.kind: unknown 'sprase'; did you mean sparse?"),
+        ("network.weights=[[[1,nan]]]", "network.weights.0.0.1: input should be a finite number, not nan"),
+        (
+            "network.weights=[[[1,2],[3]]]",
+            "network.weights.0: the rows of weights must be of one length, not of 1 and 2",
+        ),
+        ("network.weights={kind='sparse',connections=0}", "network.weights.connections: input should be greater than"),
         ("train.steps=3", "train: give either epochs or steps"),
         ("train.epochs=1.5", "train.epochs: input should be a valid integer, not 1.5"),
         ("schedule.kind=step", "schedule.factor is missing"),

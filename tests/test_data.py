@@ -17,7 +17,8 @@ from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.data.arrays import ArrayReader, NpyFile
 from gpu_bp.data.order import Order
 from gpu_bp.data.preparation import Preparation, fit_scaling
-from gpu_bp.data.task import Metrics, Task
+from gpu_bp.data.task import Task
+from gpu_bp.metrics import Metrics
 
 Tiny = Callable[..., dict[str, Any]]
 TABLE = """id,colour,size,weight,price

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, bike_sharing
 
 from gpu_bp import Config, parse_config, registry
+from gpu_bp.metrics import METRICS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What a unit test cannot run: set-up and the test suite itself are run by .ci/run; Docker and a GPU are not here.
@@ -75,8 +76,11 @@ def test_commands(page: Path, like_a_clone: Path) -> None:
 @pytest.mark.usefixtures("with_files")
 def test_python_blocks(page: Path) -> None:
     for block in blocks(page, "python"):
-        if not any(block in text for text in files(page).values()):
-            exec(compile(block, str(page), "exec"), {})
+        if any(block in text for text in files(page).values()):
+            continue
+        for peer in re.findall(r"^(?:import|from) (sklearn|torch)\b", block, re.M):
+            pytest.importorskip(peer, reason="a page on exchange with it")
+        exec(compile(block, str(page), "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -112,7 +116,7 @@ def test_config_page_names_every_key_and_record() -> None:
                 collect(value)
 
     collect(Config.model_json_schema())
-    names = {*keys, *registry.ACTIVATIONS, *registry.LOSSES, *registry.UPDATES}
+    names = {*keys, *registry.ACTIVATIONS, *registry.LOSSES, *registry.UPDATES, *METRICS}
     written = {
         *re.findall(r"`\"?([\w-]+)\"?`", page),
         *re.findall(r"[`.](\w+)`", page),

@@ -59,6 +59,32 @@ def test_encoder(backend: Backend, tmp_path: Path) -> None:
     assert solved >= 19
 
 
+def test_two_spirals(backend: Backend, tmp_path: Path) -> None:
+    """All 194 points within 0.5 of their targets in at most 5000 steps, for 8 of 8 seeds."""
+    summaries = runs(backend, tmp_path, "two-spirals", 8)
+    steps = [summary["steps"] for summary in summaries]
+    print(f"\ntwo-spirals: steps {steps}")
+    assert [summary["train"]["errors"] for summary in summaries] == [0] * 8
+    assert max(steps) <= 5000
+
+
+def test_friedman1(backend: Backend, tmp_path: Path) -> None:
+    """Test mse below 1.15, of which 1 is noise."""
+    summaries = runs(backend, tmp_path, "friedman1", 4)
+    errors = [summary["test"]["mse"] for summary in summaries]
+    print(f"\nfriedman1: test mse {[round(mse, 3) for mse in errors]}")
+    assert max(errors) < 1.15
+
+
+def test_rare_class(backend: Backend, tmp_path: Path) -> None:
+    """The rare class's recall on the test rows: balanced as the Bayes rule's, 0.84, else next to nothing."""
+    for setting, low, high in (('"balanced"', 0.79, 0.89), ("{}", 0.0, 0.25)):
+        summaries = runs(backend, tmp_path / str(low), "rare-class", 5, f"loss.class_weight={setting}")
+        recalls = [summary["test"]["recall_1"] for summary in summaries]
+        print(f"\nrare-class, {setting}: recall {[round(recall, 3) for recall in recalls]}")
+        assert all(low <= recall <= high for recall in recalls)
+
+
 def test_bike_sharing(backend: Backend, tmp_path: Path) -> None:
     """mse in standardised units: training below 0.09 and validation below 0.19 for 7 of 8 seeds."""
     summaries = runs(backend, tmp_path, "bike-sharing", 8, f"data.path={bike_sharing()}")

@@ -116,7 +116,7 @@ def test_load(mine: Path) -> None:
         ("nowhere.py:x", "there is no file "),
         ("mine:swsh", "mine has no object 'swsh'; did you mean swish? known: "),
         ("mine:Rules.sgn", "mine has no object 'Rules.sgn'; did you mean sign? known: sign"),
-        ("own:swish", "'own:swish' is a record that was passed from Python: pass it again, own=[swish]"),
+        ("own:swish", "'own:swish' is a piece that was passed from Python: pass it again, own=[swish]"),
         ("broken:x", "broken could not be imported: ZeroDivisionError: division by zero"),
         ("broken.py:x", "broken.py could not be imported: ZeroDivisionError: division by zero"),
         ("broken_import:x", "broken_import could not be imported: ModuleNotFoundError: No module named 'nowhere'"),
@@ -162,7 +162,7 @@ def test_names_in_a_config(mine: Path, tiny_config: Tiny) -> None:
     [
         (
             {"network": {"activation": "mine:function"}},
-            "config: network.activation.0: mine:function is a function, an Activation",
+            "config: network.activation: mine:function is a function, an Activation",
         ),
         (
             {"network": {"output_activation": "mine:square"}},
@@ -172,7 +172,7 @@ def test_names_in_a_config(mine: Path, tiny_config: Tiny) -> None:
         ({"optimizer": {"kind": "mine:swish"}}, "config: optimizer: mine:swish is an Activation, an Update is needed"),
         ({"network": {"activation": {"kind": "mine:swish", "slop": 1}}}, "swish has no parameter 'slop'; known: slope"),
         ({"network": {"activation": "mine:bad_name"}}, "the record's name 'a b' must be an identifier"),
-        ({"network": {"activation": "nowhere:swish"}}, "network.activation.0: there is no module 'nowhere'"),
+        ({"network": {"activation": "nowhere:swish"}}, "network.activation: there is no module 'nowhere'"),
         (
             {"loss": {"kind": "cross_entropy"}, "network": {"output_activation": "mine:tanh"}},
             "cross_entropy goes with softmax alone, not mine:tanh",
@@ -325,7 +325,7 @@ def test_records_that_no_module_holds(in_tmp: Path, tiny_config: Tiny, capsys: p
     written = tomllib.loads(Path("run/config.toml").read_text())
     assert written["network"]["activation"] == [{"kind": "own:doubled", "factor": 1.5}]
     for trust in (False, True):
-        with pytest.raises(UserError, match=r"'own:doubled' is a record .* pass it again, own=\[doubled\]"):
+        with pytest.raises(UserError, match=r"'own:doubled' is a piece .* pass it again, own=\[doubled\]"):
             gpu_bp.evaluate("run", backend="numpy", trust_code=trust)
     evaluated = gpu_bp.evaluate("run", backend="numpy", own=[doubled()])  # with its default: the run has the values
     assert evaluated == {name: made.summary[name] for name in evaluated}

@@ -16,8 +16,7 @@ from safetensors.numpy import load_file, save_file
 import gpu_bp
 from gpu_bp import Model, UserError, parse_config
 from gpu_bp.backends import Backend
-from gpu_bp.data import load_data
-from gpu_bp.trainer import Trainer, build_network
+from gpu_bp.trainer import Trainer
 
 Tiny = Callable[..., dict[str, Any]]
 train = functools.partial(gpu_bp.train, pictures=False)
@@ -195,30 +194,6 @@ def test_a_config_of_another_type() -> None:
         train(5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("weights", "low", "high", "sd"),
-    [
-        ({"kind": "uniform", "low": -0.2, "high": 0.6}, -0.2, 0.6, 0.8 / math.sqrt(12)),
-        ({"kind": "normal", "sd": 0.3}, -3, 3, 0.3),
-        ({"kind": "glorot"}, -3, 3, math.sqrt(2 / 500)),
-        ({"kind": "he", "distribution": "uniform"}, -math.sqrt(6 / 200), math.sqrt(6 / 200), math.sqrt(2 / 200)),
-        ({"kind": "lecun"}, -3, 3, math.sqrt(1 / 200)),
-    ],
-)
-def test_initial_weights(
-    backend: Backend, tiny_config: Tiny, weights: dict[str, Any], low: float, high: float, sd: float
-) -> None:
-    config = tiny_config(network={"hidden": [200, 300], "weights": weights})
-    parsed = parse_config(config)
-    tensors = build_network(parsed, load_data(parsed), backend).tensors()
-    drawn = tensors["layers.1.weights"]  # 300 x 200
-    assert drawn.std() == pytest.approx(sd, rel=0.02)
-    assert drawn.mean() == pytest.approx((low + high) / 2, abs=0.01)
-    assert low <= drawn.min() < drawn.max() <= high
-    assert not tensors["layers.1.biases"].any()
-    assert np.corrcoef(drawn.reshape(-1)[:400], tensors["layers.0.weights"].reshape(-1))[0, 1] < 0.2
-
-
 def test_weights_from_a_file(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
     """A run that starts from another run's model starts with its loss."""
     first = train(tiny_config(), backend=backend, run=tmp_path / "a")
@@ -312,6 +287,7 @@ def test_a_loss_that_needs_more_outputs(tiny_config: Tiny) -> None:
         ({"train": {"batch_size": 49}}, "train.batch_size = 50 or more"),
         ({"train": {"batch_size": 50, "sampling": "replacement"}}, "shuffled or ordered"),
         ({"train": {"batch_size": 50}, "schedule": {"kind": "linear"}}, "leave schedule out"),
+        ({"train": {"batch_size": 50}, "schedule": {"kind": "constant", "warmup_steps": 1}}, "leave schedule out"),
     ],
 )
 def test_rprop_takes_all_rows_and_no_schedule(tiny_config: Tiny, change: dict[str, Any], message: str) -> None:

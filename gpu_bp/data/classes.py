@@ -27,8 +27,7 @@ def class_names(dataset: Dataset) -> tuple[str, ...]:
             f"loss.class_weight needs one class a row, and a row has {n_targets} targets here, each of which may be 1; "
             "leave it out"
         )
-    numbers = {"sign": ("-1", "1"), "half": ("0", "1")}
-    return task.classes or numbers.get(task.decision) or tuple(map(str, range(n_targets)))
+    return task.class_names(n_targets)
 
 
 def class_counts(dataset: Dataset) -> np.ndarray:

@@ -142,16 +142,16 @@ FITTED_ROWS = 2**20
 
 
 def fit_scaling(
-    reader: Reader, n_train: int, scaling: str, what: Literal["inputs", "targets"] = "inputs"
+    reader: Reader, n_train: int, scaling: str | float, what: Literal["inputs", "targets"] = "inputs"
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Shift and scale per column of the inputs, or targets, fitted to the first `n_train` rows, or a million of them.
 
     "standardise": mean and standard deviation. "max-abs": the mean, then the largest absolute value of what
-    remains. A column that does not vary keeps scale 1.
+    remains. A column that does not vary keeps scale 1. A number divides, and nothing is fitted.
     """
     width = reader.n_inputs if what == "inputs" else reader.n_targets
-    if scaling == "none":
-        return (0.0,) * width, (1.0,) * width
+    if isinstance(scaling, float | int) or scaling == "none":
+        return (0.0,) * width, (1.0 if scaling == "none" else float(scaling),) * width
     n = min(n_train, FITTED_ROWS)
 
     def blocks() -> Iterator[np.ndarray]:

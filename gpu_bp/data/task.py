@@ -1,4 +1,4 @@
-"""What a network is asked to do with its outputs, and how well it does: `Task` and `Metrics`."""
+"""What a network is asked to do with its outputs: `Task`. How well it does is said by `gpu_bp.metrics`."""
 
 from __future__ import annotations
 
@@ -38,44 +38,27 @@ class Task:
     def decide(self, outputs: np.ndarray) -> np.ndarray:
         """The classes decided: (rows,) of class names or numbers for argmax, else (rows, n) of -1/1 or 0/1."""
         if self.decision == "argmax":
-            index = outputs.argmax(axis=1)
-            return np.array(self.classes)[index] if self.classes else np.asarray(index)
-        return np.where(outputs > 0, 1, -1) if self.decision == "sign" else (outputs >= 0.5).astype(int)
+            index = self.numbers(outputs)
+            return np.array(self.classes)[index] if self.classes else index
+        positive = self._positive(outputs).astype(int)
+        return 2 * positive - 1 if self.decision == "sign" else positive
 
+    def numbers(self, values: np.ndarray) -> np.ndarray:
+        """The classes that outputs decide, or that targets name, as numbers from 0 on.
 
-class Metrics:
-    """The task's metrics, gathered batch by batch in float64.
+        (rows,) of int64; (rows, n) of 0 and 1 where each of several outputs is a class of its own.
+        """
+        if self.decision == "argmax":
+            return np.asarray(values if values.ndim == 1 else values.argmax(axis=1), np.int64)
+        positive = self._positive(values).astype(np.int64)
+        return positive[:, 0] if positive.shape[1] == 1 else positive
 
-    Classification: `errors` (rows with any output wrong) and `accuracy`. Regression: `mse` (the mean square
-    over all outputs, in training units) and `r2` (the mean over the outputs of 1 - residual / variance).
-    """
+    def class_names(self, n_targets: int) -> tuple[str, ...]:
+        """The names of the classes, or their numbers where they have none, as text; none where a row has not one."""
+        if self.decision == "none" or (self.decision != "argmax" and n_targets > 1):
+            return ()
+        numbers = {"sign": ("-1", "1"), "half": ("0", "1")}
+        return self.classes or numbers.get(self.decision) or tuple(map(str, range(n_targets)))
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self._rows = self._errors = 0
-        self._residual: np.ndarray | float = 0.0
-        self._sum: np.ndarray | float = 0.0
-        self._square: np.ndarray | float = 0.0
-        self._origin: np.ndarray | None = None
-
-    def add(self, outputs: np.ndarray, targets: np.ndarray) -> None:
-        """Host outputs (rows, n) and their targets."""
-        self._rows += len(outputs)
-        if self._task.kind == "classification":
-            self._errors += int(self._task.wrong(outputs, targets).sum())
-            return
-        d = targets.astype(np.float64)
-        if self._origin is None:
-            self._origin = d[0].copy()  # sums about a value of the data itself do not cancel
-        self._residual += ((outputs - d) ** 2).sum(axis=0)
-        self._sum += (d - self._origin).sum(axis=0)
-        self._square += ((d - self._origin) ** 2).sum(axis=0)
-
-    def result(self) -> dict[str, float | int]:
-        """The metrics by name."""
-        if self._task.kind == "classification":
-            return {"errors": self._errors, "accuracy": 1 - self._errors / self._rows}
-        variation = np.asarray(self._square) - np.asarray(self._sum) ** 2 / self._rows
-        with np.errstate(divide="ignore", invalid="ignore"):
-            explained = np.where(variation > 0, 1 - self._residual / variation, 0.0)
-        return {"mse": float(np.mean(self._residual) / self._rows), "r2": float(explained.mean())}
+    def _positive(self, values: np.ndarray) -> np.ndarray:
+        return np.asarray(values > 0 if self.decision == "sign" else values >= 0.5)

@@ -1,0 +1,84 @@
+"""The names of a PyTorch state_dict, and ours.
+
+A state_dict names the tensors of a module `MODULE.weight` and `MODULE.bias`. In the natural order of the modules' names
+(2 before 10), those with a matrix are the layers, `torch.nn.Linear`, whose weight is (n_out, n_in) as ours; one with a
+vector for its weight is the `torch.nn.LayerNorm` of the layer before it, and the vector our gains.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from gpu_bp.errors import UserError
+from gpu_bp.network import Network
+
+# The last part of our names, by the last part of theirs and whether the weight beside it is a matrix.
+PARTS = {("weight", True): "weights", ("weight", False): "gains", ("bias", True): "biases", ("bias", False): "biases"}
+
+
+def our_names(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """`layers.K.weights`, ... and the name of each in a state_dict.
+
+    Raises:
+        UserError: a tensor that is not the weight or bias of a layer, or the second to be that.
+    """
+    names: dict[str, str] = {}
+    layer = -1
+    for module in sorted({name.rpartition(".")[0] for name in tensors}, key=_natural):
+        weight = tensors.get(f"{module}.weight" if module else "weight")
+        matrix = weight is not None and weight.ndim == 2
+        layer += matrix
+        for name in sorted((name for name in tensors if name.rpartition(".")[0] == module), reverse=True):
+            part = PARTS.get((name.rpartition(".")[2], matrix))
+            if part is None or weight is None or weight.ndim not in (1, 2) or layer < 0:
+                raise UserError(f"tensor {name} {tensors[name].shape} is not the weight or bias of a layer")
+            ours = f"layers.{layer}.{part}"
+            if ours in names:
+                raise UserError(f"tensors {names[ours]} and {name} would both be {ours}")
+            names[ours] = name
+    return names
+
+
+def by_layer(network: Network, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The tensors of a state_dict by our names; tensors that have these already are passed on.
+
+    Raises:
+        UserError: tensors that do not fit the network: their names and shapes, and those that would be right.
+    """
+    if not any(name.rpartition(".")[2] == "weight" for name in tensors):
+        return tensors
+    names, shapes = our_names(tensors), network.layout.shapes
+    wanted = ", ".join(f"{ours} {shape}" for ours, shape in shapes.items())
+    for ours, name in names.items():
+        if ours not in shapes:
+            raise UserError(f"tensor {name} would be {ours}, which is not one of this network's: {wanted}")
+        if tensors[name].shape != shapes[ours]:
+            raise UserError(f"tensor {name} has shape {tensors[name].shape}, {ours} needs {shapes[ours]}")
+    if missing := [ours for ours in shapes if ours not in names]:
+        raise UserError(f"none of the tensors {', '.join(tensors)} is {missing[0]} {shapes[missing[0]]}")
+    return {ours: tensors[name] for ours, name in names.items()}
+
+
+def their_names(network: Network) -> dict[str, str]:
+    """By our names, those of the state_dict of a Sequential(Linear, phi, Linear, phi, ...).
+
+    A layer that is normalised is Linear(bias=False), LayerNorm, phi.
+    """
+    names: dict[str, str] = {}
+    module = 0
+    for k, layer in enumerate(network.layers):
+        names[f"layers.{k}.weights"] = f"{module}.weight"
+        if layer.gains is not None:
+            module += 1
+            names[f"layers.{k}.gains"] = f"{module}.weight"
+        names[f"layers.{k}.biases"] = f"{module}.bias"
+        module += 2
+    return {ours: name for ours, name in names.items() if ours in network.layout.shapes}
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts numbers by their value: 2 before 10."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,41 @@
+"""Files of named tensors: safetensors, and to read also .npz."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from gpu_bp.errors import UserError
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The named tensors of a safetensors file, or of an .npz. Raises UserError where it is missing or is none."""
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    kind = "an .npz file" if path.suffix.lower() == ".npz" else "a safetensors file"
+    try:
+        if kind == "a safetensors file":
+            return load_file(path)
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except TypeError as error:  # bfloat16
+        raise UserError(f"{path}: {error}; a type that NumPy has is needed, such as float32") from None
+    except (SafetensorError, zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not {kind}: {error}") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all. Raises UserError where it cannot be written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file(dict(tensors), part, metadata=metadata)
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {error}") from None

@@ -1,0 +1,500 @@
+"""Metrics: worked by hand, weights as repeated rows, and functions of one's own from a config to a run and back.
+
+That every metric of the table is scikit-learn's is tested in test_reference_metrics.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpu_bp
+from gpu_bp import Batch, Config, Source, Task, UserError, dump_config, parse_config
+from gpu_bp.backends import Backend
+from gpu_bp.cli import main
+from gpu_bp.metrics import METRICS, Metric, Metrics, find
+from gpu_bp.trainer import EVALUATION_ROWS, Evaluator, build_network
+
+Tiny = Callable[..., dict[str, Any]]
+
+# Tasks with how many targets a row has, or how many classes there are.
+TASKS: dict[str, tuple[Task, int]] = {
+    "three classes": (Task("argmax", ("ant", "cat", "dog")), 3),
+    "one-hot rows": (Task("argmax"), 3),
+    "two classes": (Task("argmax"), 2),
+    "signs": (Task("sign", ("left", "right")), 1),
+    "0 and 1": (Task("half"), 1),
+    "many 0 and 1": (Task("half"), 3),
+    "one target": (Task("none"), 1),
+    "two targets": (Task("none"), 2),
+}
+
+
+def random_rows(label: str, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Outputs, some of them equal, with targets, and weights, some of them 0. Every class occurs."""
+    task, n = TASKS[label]
+    rng = np.random.default_rng(seed)
+    weights = rng.integers(0, 8, rows) / 4
+    if task.decision == "none":
+        targets = rng.standard_normal((rows, n)) + 3
+        return targets + rng.standard_normal((rows, n)), targets, weights
+    if task.decision == "argmax":
+        numbers = rng.permutation(np.arange(rows) % n)
+        outputs = np.eye(n)[numbers] * 0.3 + rng.integers(1, 10, (rows, n)) / 10
+        targets = np.where(np.eye(n)[numbers] == 1, 0.8, 0.1) if label == "one-hot rows" else numbers
+        weights[:9] = 1  # so that every class weighs something
+        return outputs, targets, weights
+    targets = (rng.permutation(np.arange(rows * n) % 2)).reshape(rows, n) * 1.0
+    outputs = np.clip(targets * 0.4 + rng.integers(0, 6, (rows, n)) / 10, 0, 0.9) + 0.05  # never just between the two
+    return (outputs, targets, weights) if task.decision == "half" else (2 * outputs - 1, 2 * targets - 1, weights)
+
+
+def of(task: Task, values: np.ndarray) -> np.ndarray:
+    """Classes as numbers by the task's rule written out, or the numbers of a regression; a single column as (rows,)."""
+    if task.decision == "argmax":
+        return values if values.ndim == 1 else values.argmax(axis=1)
+    rule = {"none": lambda v: v, "sign": lambda v: (v > 0).astype(int), "half": lambda v: (v >= 0.5).astype(int)}
+    return OUTPUTS(rule[task.decision](values))
+
+
+def OUTPUTS(outputs: np.ndarray) -> np.ndarray:
+    return outputs[:, 0] if outputs.shape[1] == 1 else outputs
+
+
+def suited(label: str) -> list[Metric]:
+    """The metrics of the table that go with a task."""
+    task, n = TASKS[label]
+    n_classes = len(task.class_names(n))
+    return [
+        metric
+        for metric in METRICS.values()
+        if metric.kind == task.kind
+        and (metric.n_classes is None or (n_classes > 0 and metric.n_classes in (0, n_classes)))
+    ]
+
+
+def bias(targets: Any, predictions: Any, sample_weight: Any = None) -> float:
+    """A function of a user's."""
+    return float(np.average(predictions - targets, weights=sample_weight, axis=0).sum())
+
+
+BIAS = find("own:bias", [bias])
+
+
+def measure(label: str, outputs: Any, targets: Any, weights: Any = None, sizes: Any = ()) -> dict[str, float]:
+    """All metrics of a task, and one's own on predictions, of rows in batches of such sizes."""
+    task, n = TASKS[label]
+    metrics = Metrics(task, n, [*suited(label), BIAS], weighted=weights is not None)
+    start = 0
+    for size in [*sizes, len(targets)]:
+        part = [None if array is None else array[start : start + size].copy() for array in (outputs, targets, weights)]
+        metrics.add(*part)
+        for array in part:  # as the next batch does
+            if array is not None:
+                array.fill(0)
+        start += size
+    return metrics.result()
+
+
+def agree(a: dict[str, float], b: dict[str, float], tolerance: float = 1e-12) -> None:
+    assert list(a) == list(b)
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=tolerance, atol=tolerance)
+
+
+# values ----------------------------------------------------------------------------------------------------------
+
+
+def test_classes_by_hand() -> None:
+    """ant, ant, cat, cat, dog are taken for ant, cat, cat, cat, ant."""
+    metrics = Metrics(*TASKS["three classes"], [METRICS[name] for name in ("recall", "balanced_accuracy", "macro_f1")])
+    metrics.add(np.eye(3)[[0, 1, 1, 1, 0]], np.array([0, 0, 1, 1, 2]))
+    assert metrics.result() == {
+        "errors": 2,
+        "accuracy": 0.6,
+        "recall_ant": 0.5,
+        "recall_cat": 1.0,
+        "recall_dog": 0.0,
+        "balanced_accuracy": 0.5,
+        "macro_f1": pytest.approx((0.5 + 0.8 + 0) / 3),
+    }
+    metrics.add(np.eye(3)[[0, 1, 1]], np.array([0, 0, 1]))  # no dog, and none is seen
+    assert metrics.result()["macro_f1"] == pytest.approx(2 / 3)
+
+
+def test_numbers_by_hand() -> None:
+    """Residuals 3, -1 and 1, 1 of targets 0, 2 and 5, 5; then the first column weighted 1 to 3."""
+    d, y = np.array([[0.0, 5.0], [2.0, 5.0]]), np.array([[3.0, 6.0], [1.0, 6.0]])
+    metrics = Metrics(Task("none"), 2, suited("two targets"))
+    metrics.add(y, d)
+    rmse = (math.sqrt(5) + 1) / 2
+    assert metrics.result() == pytest.approx({"mse": 3, "r2": (1 - 10 / 2 + 0) / 2, "rmse": rmse, "mae": 1.5})
+    metrics = Metrics(Task("none"), 1, suited("one target"), weighted=True)
+    metrics.add(y[:, :1], d[:, :1], np.array([1.0, 3.0]))
+    assert metrics.result() == pytest.approx({"mse": 3, "r2": 1 - 12 / 3, "rmse": math.sqrt(3), "mae": 1.5})
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 99), st.booleans())
+def test_auc_by_pairs(seed: int, weighted: bool) -> None:
+    """Every pair of a row of each class looked at, and the two-output form of the same."""
+    outputs, targets, weights = random_rows("0 and 1", 12, seed)
+    y, d, w = outputs[:, 0], targets[:, 0], weights if weighted else np.ones(12)
+    won = all_pairs = 0.0
+    for i in np.flatnonzero(d == 1):
+        for j in np.flatnonzero(d == 0):
+            won += w[i] * w[j] * (1.0 if y[i] > y[j] else 0.5 if y[i] == y[j] else 0.0)
+            all_pairs += w[i] * w[j]
+    some = weights if weighted else None
+    auc = measure("0 and 1", outputs, targets, some)["auc"]
+    np.testing.assert_allclose(auc, won / all_pairs if all_pairs else np.nan, rtol=1e-12)
+    two = measure("two classes", np.hstack([-outputs, outputs]), d.astype(int), some)["auc"]
+    np.testing.assert_allclose(two, auc, rtol=1e-12)
+
+
+def test_what_has_no_value_is_nan() -> None:
+    """A class that does not occur, an auc of one class or of no numbers, and rows that all weigh 0."""
+    metrics = Metrics(*TASKS["three classes"], [METRICS["recall"], METRICS["balanced_accuracy"]])
+    metrics.add(np.eye(3)[[0, 2]], np.array([0, 1]))
+    result = metrics.result()
+    assert math.isnan(result.pop("recall_dog"))
+    assert result == {"errors": 1, "accuracy": 0.5, "recall_ant": 1.0, "recall_cat": 0.0, "balanced_accuracy": 0.5}
+    for y, d in (([[0.2], [0.7]], [[1.0], [1.0]]), ([[math.nan], [0.7]], [[0.0], [1.0]])):
+        assert math.isnan(measure("0 and 1", np.array(y), np.array(d))["auc"])
+    for label in TASKS:
+        outputs, targets, _ = random_rows(label, 9, 0)
+        assert all(map(math.isnan, measure(label, outputs, targets, np.zeros(9)).values()))
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(list(TASKS)), st.integers(9, 40), st.integers(0, 99), st.lists(st.integers(0, 12), max_size=5))
+def test_batches_of_any_size_give_the_same(label: str, rows: int, seed: int, sizes: list[int]) -> None:
+    """Those that are asked twice too; and counts are whole numbers, to the bit."""
+    outputs, targets, weights = random_rows(label, rows, seed)
+    for some in (None, weights):
+        if some is None or some.any():
+            agree(measure(label, outputs, targets, some, sizes), measure(label, outputs, targets, some))
+    result = measure(label, outputs, targets)
+    assert all(isinstance(value, int) == (key == "errors") for key, value in result.items())
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(list(TASKS)), st.integers(9, 30), st.integers(0, 99), st.lists(st.integers(0, 12), max_size=3))
+def test_weights_are_repeated_rows(label: str, rows: int, seed: int, sizes: list[int]) -> None:
+    """A row of weight w counts as w rows, and whatever stands in one of weight 0 is not looked at."""
+    outputs, targets, _ = random_rows(label, rows, seed)
+    times = np.random.default_rng(seed).integers(0, 4, rows)
+    times[0] = 1
+    repeated = measure(label, np.repeat(outputs, times, axis=0), np.repeat(targets, times, axis=0))
+    outputs[times == 0] = np.nan
+    agree(measure(label, outputs, targets, times.astype(np.float32), sizes), repeated)
+    scaled = measure(label, outputs, targets, times / 7)
+    agree({**scaled, "errors": 0}, {**repeated, "errors": 0})
+
+
+def test_every_call_begins_anew() -> None:
+    task, n = TASKS["two classes"]
+    metrics = Metrics(task, n, suited("two classes"))
+    results = []
+    for seed in (1, 2, 1):
+        metrics.add(*random_rows("two classes", 20, seed)[:2])
+        results.append(metrics.result())
+    assert results[0] == results[2] != results[1]
+
+
+def test_decisions_as_numbers() -> None:
+    """Of outputs and of targets, in every coding, as `decide` names them."""
+    for label, (task, n) in TASKS.items():
+        if task.kind == "classification":
+            outputs, targets, _ = random_rows(label, 20, 3)
+            for values in (outputs, targets):
+                numbers = task.numbers(values)
+                assert numbers.dtype == np.int64
+                np.testing.assert_array_equal(numbers, of(task, values))
+            decided, names = task.decide(outputs), task.class_names(n)
+            if names:
+                wanted = [str(name) for name in decided.ravel()]
+                numbers = task.numbers(outputs)
+                named = Task(task.decision).class_names(n) if task.decision == "sign" else names
+                assert [named[k] for k in numbers] == wanted
+            else:
+                np.testing.assert_array_equal(task.numbers(outputs), decided)
+
+
+# on a network ------------------------------------------------------------------------------------------------------
+
+
+class Clouds(Source):
+    """Three classes about three points; row i weighs i mod 5."""
+
+    def __init__(self, n_rows: int, *, weighted: bool = True) -> None:
+        super().__init__(n_rows, 2, 3, Task("argmax"), indexed=True, weighted=weighted)
+
+    def fill(self, rows: Any, batch: Batch) -> None:
+        batch.targets[:] = rows % 3
+        batch.inputs[:] = np.sin(np.multiply.outer(rows, [1.0, 2.0])) + np.stack([rows % 3, rows % 2], axis=1)
+        if batch.weights is not None:
+            batch.weights[:] = rows % 5
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_an_evaluator_gives_them(backend: Backend, tiny_config: Tiny, weighted: bool) -> None:
+    """On all rows, in several batches, with the rows' weights."""
+    rows = EVALUATION_ROWS + 99
+    raw = {**tiny_config(loss={"kind": "cross_entropy"}), "data": {"kind": "own"}}
+    source = Clouds(rows, weighted=weighted)
+    dataset = gpu_bp.data.own_data({"train": source}, gpu_bp.registry.loss("cross_entropy"), backend)
+    config = parse_config(raw)
+    network = build_network(config, dataset, backend)
+    names = ["recall", "balanced_accuracy", "macro_f1"]
+    share = find("own:lambda", [lambda d, y, sample_weight=None: np.average(d == y, weights=sample_weight)])
+    evaluator = Evaluator(network, config.loss.record(), source, None, [*map(find, names), share])
+    split = dataset.rows("train")
+    decided = network.predict(split.inputs.astype(np.float32)).argmax(axis=1)
+    weights = np.ones(rows) if split.weights is None else split.weights
+    table = np.zeros((3, 3))
+    np.add.at(table, (split.targets, decided), weights)
+    recall = table.diagonal() / table.sum(axis=1)
+    for _ in range(2):
+        result = evaluator()
+        assert result["errors"] == table.sum() - table.trace()
+        assert result["accuracy"] == pytest.approx(table.trace() / table.sum(), rel=1e-12)
+        assert result["lambda"] == pytest.approx(table.trace() / table.sum(), rel=1e-12)
+        assert [result[f"recall_{k}"] for k in range(3)] == pytest.approx(recall.tolist(), rel=1e-12)
+        assert result["balanced_accuracy"] == pytest.approx(recall.mean(), rel=1e-12)
+        f1 = 2 * table.diagonal() / (table.sum(axis=0) + table.sum(axis=1))
+        assert result["macro_f1"] == pytest.approx(f1.mean(), rel=1e-12)
+
+
+def test_metrics_in_a_config(in_tmp: Path, tiny_config: Tiny) -> None:
+    """In the lines, the summary, and again from the run; those of the task stand first, and once."""
+    raw = tiny_config(train={"metrics": ["auc", "accuracy", {"kind": "recall"}]})
+    jsonschema.validate(raw, Config.model_json_schema())
+    config = parse_config(raw)
+    assert parse_config(tomllib.loads(dump_config(config))) == config
+    result = gpu_bp.train(config, backend="numpy", run="run", pictures=False)
+    keys = ["loss", "errors", "accuracy", "auc", "recall_lower", "recall_upper"]
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [key for key in lines[-1] if key.startswith("validation_")] == [f"validation_{key}" for key in keys]
+    evaluated = gpu_bp.evaluate("run", backend="numpy")
+    for name in ("train", "validation", "test"):
+        assert list(result.summary[name]) == ["rows", *keys]
+        assert evaluated[name] == result.summary[name]
+
+
+def test_one_metric_stands_for_a_list_of_one(tiny_config: Tiny) -> None:
+    config = parse_config(tiny_config(train={"metrics": "auc"}))
+    assert config.train.metric_records() == [METRICS["auc"]]
+    assert parse_config(tiny_config()).train.metric_records() == []
+
+
+# one's own -----------------------------------------------------------------------------------------------------------
+
+# Functions as a user would write them; the module notes each time that it is run.
+MINE = """
+import numpy as np
+
+with open("ran.txt", "a") as file:
+    file.write("x")
+
+def hits(y_true, y_pred):
+    return np.mean(y_true == y_pred)
+
+def margin(y_true, y_score):
+    return np.mean(np.where(y_true == 1, y_score, -y_score))
+
+def weighted(y_true, y_pred, sample_weight):
+    return np.average(y_true == y_pred, weights=sample_weight)
+
+def several(y_true, y_pred):
+    return np.zeros(2)
+
+def infinite(y_true, y_pred):
+    return -np.inf
+
+def failing(y_true, y_pred):
+    raise ValueError("two" + chr(10) + "lines")
+
+def writing(y_true, y_pred):
+    y_true[:] = 0
+
+def nothing(y_true, y_pred):
+    return float("nan")
+
+def accuracy(y_true, y_pred):
+    return 0.0
+
+class Scores:
+    @staticmethod
+    def low(y_true, y_pred):
+        return -1
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def mine(in_tmp: Path) -> Iterator[Path]:
+    """A working folder with mine.py in it; what was imported from it is forgotten afterwards."""
+    (in_tmp / "mine.py").write_text(MINE)
+    yield in_tmp
+    for name in [name for name in sys.modules if name == "mine" or name.startswith(str(in_tmp))]:
+        del sys.modules[name]
+
+
+OWN = ["mine.py:hits", {"kind": "mine:margin", "on": "outputs", "higher_is_better": True}, "mine:Scores.low"]
+
+
+def test_a_function_in_a_config(mine: Path, tiny_config: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is given classes by number, or outputs; and a run that names one is read with trust alone."""
+    raw = tiny_config(train={"metrics": OWN})
+    jsonschema.validate(raw, Config.model_json_schema())
+    config = parse_config(raw)
+    assert config.train.metrics[0].kind == f"{mine}/mine.py:hits"
+    assert parse_config(tomllib.loads(dump_config(config))) == config
+    result = gpu_bp.train(raw, backend="numpy", run="run", pictures=False)
+    dataset = gpu_bp.load_data(config)
+    for name in ("train", "validation", "test"):
+        summary, split = result.summary[name], dataset.rows(name)
+        outputs = result.model.network.predict(split.inputs.astype(np.float32)).astype(float)
+        assert summary["hits"] == summary["accuracy"]
+        assert summary["margin"] == pytest.approx((split.targets * outputs).mean(), rel=1e-9)
+        assert summary["low"] == -1
+    assert "validation_margin" in json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])
+
+    sys.modules.pop("mine")
+    Path("ran.txt").unlink()
+    with pytest.raises(UserError, match=r"config\.toml names code, .*mine.py:hits, .* trust_code=True"):
+        gpu_bp.evaluate("run", backend="numpy")
+    with pytest.raises(SystemExit) as exited:
+        main(["evaluate", "run", "--backend", "numpy"])
+    assert exited.value.code == 2
+    assert "where you trust it, say --trust-code" in capsys.readouterr().err
+    assert not Path("ran.txt").exists()
+    evaluated = gpu_bp.evaluate("run", backend="numpy", trust_code=True)
+    assert evaluated == {name: result.summary[name] for name in evaluated}
+    with pytest.raises(SystemExit) as exited:
+        main(["evaluate", "run", "--backend", "numpy", "--trust-code"])
+    assert exited.value.code == 0
+    assert "hits" in capsys.readouterr().out
+
+
+def test_functions_from_python(mine: Path, tiny_config: Tiny) -> None:
+    """One that a module holds is named by it; another has to be passed again."""
+    hits: Any = gpu_bp.own.load("mine:hits")
+    raw = tiny_config(train={"metrics": [hits, {"kind": lambda d, y: 7, "higher_is_better": False}]})
+    config = parse_config(raw)
+    assert [section.kind for section in config.train.metrics] == ["mine:hits", "own:lambda"]
+    assert parse_config(tiny_config(train={"metrics": partial(bias)})).train.metrics[0].kind == "own:partial"
+    made = gpu_bp.train(raw, backend="numpy", run="run", pictures=False)
+    assert made.summary["test"]["lambda"] == 7
+    passed: list[Any] = [hits, lambda d, y: 8]
+    assert gpu_bp.evaluate("run", backend="numpy", own=passed)["test"]["lambda"] == 8
+    for own, trust, message in (
+        (passed[:0], False, r"names code, mine:hits"),
+        (passed[:0], True, r"train.metrics.1: 'own:lambda' is a piece .* pass it again, own=\[lambda\]"),
+        (passed[1:], False, r"names code, mine:hits"),
+    ):
+        with pytest.raises(UserError, match=message):
+            gpu_bp.evaluate("run", backend="numpy", own=own, trust_code=trust)
+    assert (
+        gpu_bp.evaluate("run", backend="numpy", own=passed[1:], trust_code=True)["test"]["hits"]
+        == (made.summary["test"]["accuracy"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("metrics", "sections", "message"),
+    [
+        (["acuracy"], {}, "config: train.metrics.0: unknown metric 'acuracy'; did you mean accuracy? known: errors, "),
+        ([3], {}, "config: train.metrics.0"),
+        ([{"kind": "auc", "on": "outputs"}], {}, "on and higher_is_better are for functions of one's own; leave them"),
+        ([{"kind": "mine:hits", "on": "ouputs"}], {}, "train.metrics.0.on: unknown 'ouputs'; did you mean outputs?"),
+        ([{"kind": "mine:hits", "onn": 1}], {}, "unknown key train.metrics.0.onn; did you mean train.metrics.0.on?"),
+        (["mine:hit"], {}, "train.metrics.0: mine has no object 'hit'; did you mean hits?"),
+        (["mine:constant"], {}, "train.metrics.0: mine:constant is an int, a function is needed"),
+        (["mse"], {}, "train.metrics: mse is for a regression, and this is a classification, which has errors, accur"),
+        (
+            ["auc"],
+            {"data": {"kind": "linear"}},
+            "auc is for a classification, and this is a regression, which has mse, rmse, mae, r2",
+        ),
+        (
+            ["macro_f1"],
+            {"data": {"kind": "encoder"}},
+            "macro_f1 needs one class a row, and a row has 8 targets here, each of which may be 1; leave it out",
+        ),
+        (
+            ["auc"],
+            {"data": {"kind": "gaussian-blobs", "n_inputs": 3, "n_classes": 3}, "loss": {"kind": "cross_entropy"}},
+            "auc needs 2 classes, and there are 3; leave it out",
+        ),
+        (["mine:hits", "mine.py:hits"], {}, "two metrics are called hits; give the function another name"),
+        (["mine:accuracy"], {}, "two metrics are called accuracy; give the function another name"),
+        (["mine:several"], {}, "metric mine:several must give a finite number, or NaN, not a value of type ndarray"),
+        (["mine:infinite"], {}, "metric mine:infinite must give a finite number, or NaN, not -inf"),
+        (["mine:failing"], {}, "metric mine:failing: ValueError: two lines"),
+        (["mine:writing"], {}, "metric mine:writing: ValueError: assignment destination is read-only"),
+    ],
+)
+def test_metrics_that_are_refused(
+    mine: Path, tiny_config: Tiny, metrics: Any, sections: dict[str, Any], message: str
+) -> None:
+    """In one line; what can be known before the training is said before there is a run folder."""
+    raw = {**tiny_config(train={"metrics": metrics}), **sections}
+    with pytest.raises(UserError) as caught:
+        gpu_bp.train(raw, backend="numpy", run="run", pictures=False)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert Path("run").exists() == message.startswith("metric ")
+
+
+def test_own_functions_and_weights(mine: Path) -> None:
+    """One that does not take sample_weight is refused where rows have weights; NaN is a value."""
+    task, n = TASKS["two classes"]
+    outputs, targets, weights = random_rows("two classes", 20, 0)
+    with pytest.raises(UserError, match="metrics: hits must take the keyword sample_weight, since the rows have wei"):
+        Metrics(task, n, [find("mine:hits")], weighted=True)
+    metrics = Metrics(task, n, [find("mine:weighted")], weighted=True)
+    metrics.add(outputs, targets, weights)
+    result = metrics.result()
+    assert result["weighted"] == pytest.approx(result["accuracy"], rel=1e-12)
+    metrics = Metrics(task, n, [find("mine:nothing")])
+    metrics.add(outputs, targets)
+    assert math.isnan(metrics.result()["nothing"])
+
+
+# which way is better -------------------------------------------------------------------------------------------------
+
+
+def test_which_metrics_rise(mine: Path) -> None:
+    added = [find("recall"), find("mine:hits", higher_is_better=True), find("mine:Scores.low", higher_is_better=False)]
+    metrics = Metrics(*TASKS["three classes"], [*added, find("mine:nothing")])
+    assert metrics.keys == (
+        *("errors", "accuracy", "recall_ant", "recall_cat", "recall_dog", "hits", "low", "nothing"),
+    )
+    for key, rises in {"loss": False, "errors": False, "accuracy": True, "recall_cat": True, "hits": True}.items():
+        assert metrics.rises(key) is rises
+        assert metrics.rises(f"validation_{key}") is rises
+        assert metrics.rises(f"train_{key}") is rises
+    assert not metrics.rises("validation_low")
+    with pytest.raises(UserError, match="whether a larger nothing is better is not known: name it in train.metrics as"):
+        metrics.rises("validation_nothing")
+    for key in ("validation_recall", "acuracy", "recall_cow", "mse"):
+        with pytest.raises(UserError, match=f"unknown metric '{key}'; .*known: loss, errors, accuracy, recall_ant"):
+            metrics.rises(key)
+    for metric in METRICS.values():
+        assert isinstance(metric.higher_is_better, bool)
+    lower = [name for name, metric in METRICS.items() if not metric.higher_is_better]
+    assert lower == ["errors", "mse", "rmse", "mae"]
