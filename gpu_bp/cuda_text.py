@@ -51,6 +51,7 @@ _WARP = """
 #include <cstddef>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 struct gpu_bp_index { int x; };
@@ -93,14 +94,18 @@ inline void __syncwarp() { gpu_bp_here->wait(); }
 """
 
 _LAUNCH = """
+template <typename A> A gpu_bp_argument(void* place) {{
+    if constexpr (std::is_pointer_v<A>) return static_cast<A>(place);
+    else return *static_cast<A*>(place);
+}}
 template <typename... A, std::size_t... K>
-void gpu_bp_call(void (*kernel)(int, int, A*...), int rows, int n, void** arrays, std::index_sequence<K...>) {{
-    kernel(rows, n, static_cast<A*>(arrays[K])...);
+void gpu_bp_call(void (*kernel)(int, int, A...), int rows, int n, void** places, std::index_sequence<K...>) {{
+    kernel(rows, n, gpu_bp_argument<A>(places[K])...);
 }}
-template <typename... A> void gpu_bp_call(void (*kernel)(int, int, A*...), int rows, int n, void** arrays) {{
-    gpu_bp_call(kernel, rows, n, arrays, std::index_sequence_for<A...>{{}});
+template <typename... A> void gpu_bp_call(void (*kernel)(int, int, A...), int rows, int n, void** places) {{
+    gpu_bp_call(kernel, rows, n, places, std::index_sequence_for<A...>{{}});
 }}
-extern "C" int gpu_bp_run(int rows, int n, void** arrays) {{
+extern "C" int gpu_bp_run(int rows, int n, void** places) {{
     bool parted = false;
     for (int row = 0; row < rows; ++row) {{
         gpu_bp_warp warp;
@@ -110,7 +115,7 @@ extern "C" int gpu_bp_run(int rows, int n, void** arrays) {{
             lanes.emplace_back([&, lane] {{
                 blockIdx.x = row / {row_warps};
                 threadIdx.x = row % {row_warps} * 32 + lane;
-                gpu_bp_call({name}, rows, n, arrays);
+                gpu_bp_call({name}, rows, n, places);
                 warp.leave();
             }});
         for (auto& lane : lanes) lane.join();
@@ -134,8 +139,12 @@ class Runner(Protocol):
         """
         ...
 
-    def rows(self, name: str, source: str, *arrays: np.ndarray) -> None:
-        """A kernel in which one warp handles one row of the first array. Raises UserError likewise."""
+    def rows(self, name: str, source: str, *arguments: Any) -> None:
+        """A kernel in which one warp handles one row of the first array; the rest: arrays, or numbers of its dtype.
+
+        Raises:
+            UserError: likewise, or not all lanes of a warp come to a shuffle.
+        """
         ...
 
 
@@ -182,10 +191,12 @@ class OnHost:
         run = _library(self._compiler, _elements_source(kernel))[f"gpu_bp_run_{output.dtype}"]
         run(ctypes.c_longlong(output.size), _addresses(arrays), (ctypes.c_longlong * len(steps))(*steps))
 
-    def rows(self, name: str, source: str, *arrays: np.ndarray) -> None:
+    def rows(self, name: str, source: str, *arguments: Any) -> None:
+        first: np.ndarray = arguments[0]
+        arrays = [x if isinstance(x, np.ndarray) else np.asarray(x, first.dtype) for x in arguments]
         launch = _LAUNCH.format(name=name, row_warps=kernels.ROW_WARPS)
         library = _library(self._compiler, _HEADER + _WARP + source + launch)
-        rows, n = arrays[0].shape
+        rows, n = first.shape
         if library.gpu_bp_run(ctypes.c_int(rows), ctypes.c_int(n), _addresses(arrays)):
             raise UserError("not all 32 lanes come to a shuffle of the warp")
 
@@ -205,11 +216,13 @@ class OnDevice:
     def elements(self, kernel: kernels.Kernel, *arguments: Any) -> None:
         self._run(arguments, lambda *on_device: self._module.compiled(kernel)(*on_device))
 
-    def rows(self, name: str, source: str, *arrays: np.ndarray) -> None:
-        rows, n = arrays[0].shape
+    def rows(self, name: str, source: str, *arguments: Any) -> None:
+        first: np.ndarray = arguments[0]
+        rows, n = first.shape
+        given = [x if isinstance(x, np.ndarray) else first.dtype.type(x) for x in arguments]
         blocks, threads = -(-rows // kernels.ROW_WARPS), 32 * kernels.ROW_WARPS
         kernel = self._module.raw_kernel(name, source)
-        self._run(arrays, lambda *given: kernel((blocks,), (threads,), (np.int32(rows), np.int32(n), *given)))
+        self._run(given, lambda *on_device: kernel((blocks,), (threads,), (np.int32(rows), np.int32(n), *on_device)))
 
     def _run(self, arguments: Sequence[Any], launch: Callable[..., None]) -> None:
         """One array on the host is one on the device: an output may take the place of an input."""
