@@ -184,12 +184,13 @@ class OnHost:
         self._compiler = compiler
 
     def elements(self, kernel: kernels.Kernel, *arguments: Any) -> None:
-        output: np.ndarray = arguments[-1]
-        dtypes = [np.dtype(np.int64) if "int64" in words else output.dtype for words in _parameters(kernel)]
-        arrays = [np.asarray(x, dtype) for x, dtype in zip(arguments, dtypes, strict=True)]
+        dtype, parameters = arguments[-1].dtype, _parameters(kernel)
+        dtypes = [np.dtype(np.int64) if "int64" in words else dtype for words in parameters]
+        arrays = [np.asarray(x, of) for x, of in zip(arguments, dtypes, strict=True)]
         steps = [int(array.ndim > 0) for array in arrays]
-        run = _library(self._compiler, _elements_source(kernel))[f"gpu_bp_run_{output.dtype}"]
-        run(ctypes.c_longlong(output.size), _addresses(arrays), (ctypes.c_longlong * len(steps))(*steps))
+        size = max(array.size for array, words in zip(arrays, parameters, strict=True) if "raw" not in words)
+        run = _library(self._compiler, _elements_source(kernel))[f"gpu_bp_run_{dtype}"]
+        run(ctypes.c_longlong(size), _addresses(arrays), (ctypes.c_longlong * len(steps))(*steps))
 
     def rows(self, name: str, source: str, *arguments: Any) -> None:
         first: np.ndarray = arguments[0]

@@ -109,15 +109,16 @@ class Check:
         for dtype in DTYPES:
             cast_to = as_dtype(given, dtype)
             twin = self.run(formula, cast_to)
-            largest = sum(np.abs(x) for x in cast_to.values() if x.ndim == 2 or "w" in given)
+            sizes = [np.abs(x) for x in cast_to.values() if x.dtype == dtype]
             for in_place in (False, True) if formula.in_place else (False,):
                 text = self.run(formula, cast_to, in_place=in_place, text=True)
                 for name in formula.outputs:
-                    size = np.abs(twin[name]) + (largest if np.shape(largest) == twin[name].shape else np.max(largest))
+                    output = twin[name]
+                    size = np.abs(output) + sum(x if x.shape == output.shape else x.max() for x in sizes)
                     bound = TEXT_ULPS * np.finfo(dtype).eps * size + np.finfo(dtype).tiny
                     where = f"{name} in the place of {formula.in_place[1]}" if in_place and formula.in_place else name
                     words = (f"{where}: the CUDA text", f"({np.dtype(dtype)}) and the twin")
-                    self.compare(formula.name, cast_to, text[name], twin[name], bound, words)
+                    self.compare(formula.name, cast_to, text[name], output, bound, words)
 
     def compare(self, formula: str, given: Arrays, found: Any, wanted: Any, bound: Any, words: tuple[str, str]) -> None:
         """Raises where numbers differ by more than the bound, or where one is NaN or infinite and not the other."""
@@ -168,14 +169,14 @@ class Check:
         h = 1e-5 * np.maximum(1, np.abs(given[x]))
         above, below = given[x] + h, given[x] - h
         numeric, rounding = np.empty_like(found), np.empty_like(found)
-        reduced = value(given).shape != found.shape  # a row in one number: the columns one after the other
+        reduced = value(given).shape != found.shape  # several columns in one number: these one after the other
         for column in range(found.shape[1]) if reduced else (slice(None),):
             ends = []
             for side in (above, below):
                 moved = given[x].copy()
                 moved[:, column] = side[:, column]
                 ends.append(value({**given, x: moved}))
-            ends = [end[:, 0] if reduced else end for end in ends]
+            ends = [end[:, column % end.shape[1]] if reduced else end for end in ends]
             numeric[:, column] = (ends[0] - ends[1]) / (above - below)[:, column]
             rounding[:, column] = ROUNDING * np.maximum(*np.abs(ends)) / h[:, column]
         crossing = sides(above - origin, kinks) != sides(below - origin, kinks)
@@ -190,9 +191,9 @@ class Check:
             raise self.error(formula.name, f"at {x} = nan {output} is {found[~np.isnan(found)][0]:.9g}, nan is right")
 
     def _arrays(self, formula: Formula, given: Arrays, fill: float) -> Arrays:
-        first = given[formula.arguments[0]]
-        shapes = {"loss": (len(first), self.record.losses_width(first.shape[-1]))} if "loss" in formula.outputs else {}
-        made = {name: np.full(shapes.get(name, first.shape), fill, first.dtype) for name in formula.outputs}
+        like = next(given[name] for name in ("v", "y", "w", *formula.arguments) if name in given)
+        shapes = {"loss": (len(like), self.record.losses_width(like.shape[-1]))} if "loss" in formula.outputs else {}
+        made = {name: np.full(shapes.get(name, like.shape), fill, like.dtype) for name in formula.outputs}
         return {**made, **{name: array.copy() for name, array in given.items()}}
 
     def _call(self, formula: Formula, arrays: Arrays, fill: float) -> None:
