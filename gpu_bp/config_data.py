@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from gpu_bp.config_choice import named
 from gpu_bp.config_types import Count, Positive, Rows, Section, Width
 from gpu_bp.errors import nearest
 
@@ -275,10 +276,44 @@ class ShardData(Scaled, ScaledTargets):
     path: str = Field(description="the folder, relative to the working folder")
 
 
+SourceName = Annotated[str, Field(json_schema_extra={"pattern": "^.+:.+$"})]
+
+
+class SourceChoice(Section):
+    """A source by name, or what makes one, such as its class, with its arguments beside the name."""
+
+    model_config = ConfigDict(extra="allow")
+    kind: SourceName = Field(description="module:object or path/to/file.py:object")
+
+    @field_validator("kind")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        if not all(value.rpartition(":")):
+            raise ValueError(f"must be of the form module:object or path/to/file.py:object, not {value!r}")
+        return value
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments given."""
+        return self.model_extra or {}
+
+
+NamedSource = Annotated[SourceChoice, BeforeValidator(named, json_schema_input_type=SourceChoice | SourceName)]
+
+
+class OwnSources(Section):
+    """A source for each split."""
+
+    train: NamedSource
+    validation: NamedSource | None = None
+    test: NamedSource | None = None
+
+
 class OwnData(DataSection):
-    """Sources of your own, given from Python: `gpu_bp.train(config, sources=...)`."""
+    """Sources of your own: named here, or given from Python, `gpu_bp.train(config, sources=...)`."""
 
     kind: Literal["own"]
+    sources: OwnSources | None = Field(None, description="a source for each split, or what makes one")
 
     @model_validator(mode="after")
     def _splits(self) -> OwnData:

@@ -49,7 +49,8 @@ def train(
 
     Args:
         config: a `Config`, nested tables as in a config file, or the path of one.
-        sources: of data of kind "own", by the name of the split: "train", and perhaps "validation" and "test".
+        sources: of data of kind "own", by the name of the split: "train", and perhaps "validation" and "test";
+            unless data.sources names them.
         backend: "auto", "numpy", "cupy", or a backend.
         run: the run folder; by default `runs/NAME-TIME`.
         pictures: whether to draw them.
@@ -178,6 +179,8 @@ def _dataset(config: Config, sources: Mapping[str, Source] | None, backend: Back
         return None
     if config.data.kind != "own":
         raise UserError(f"sources are given, so data.kind must be own, not {config.data.kind}")
+    if config.data.sources is not None:
+        raise UserError("sources are given twice: leave out data.sources, or those given from Python")
     return own_data(sources, config.loss.record(), backend)
 
 

@@ -14,6 +14,7 @@ Names in the formulas, in CUDA and in NumPy (Haykin, *Neural Networks and Learni
 
 A twin writes into the arrays it is given and makes none. Its output may be the same array as an input
 (`y` as `v`, `delta` as `e`), so it reads an element's inputs before it writes that element's output.
+`gpu_bp.testing.check_record` checks all of this.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import numpy as np
 import pytest
 
 import gpu_bp
 from benchmarks.curves import find_bikes
 from gpu_bp.backends import Backend, select
+from gpu_bp.testing import random_targets as random_targets
 
 ROOT = Path(__file__).parents[1]
 # No deadlines: a busy machine is no failure.
@@ -110,16 +110,3 @@ def bike_sharing() -> Path:
     if path is None:
         pytest.skip("UCI Bike Sharing is not here: see the README for where to get it, or set GPU_BP_DATA")
     return path
-
-
-def random_targets(loss: gpu_bp.registry.Loss, rows: int, n_outputs: int, rng: np.random.Generator) -> np.ndarray:
-    """Targets that suit a loss."""
-    if loss.targets == "classes":
-        return rng.integers(0, n_outputs, rows)
-    if loss.targets == "unit":
-        return rng.uniform(0, 1, (rows, n_outputs))
-    if loss.targets == "signs":
-        return rng.choice([-1.0, 1.0], (rows, n_outputs))
-    if loss.targets == "counts":
-        return rng.poisson(2.0, (rows, n_outputs)).astype(float)
-    return rng.standard_normal((rows, n_outputs))

@@ -1,11 +1,13 @@
-"""Sources of one's own, given from Python: `gpu_bp.train(config, sources=...)`."""
+"""Sources of one's own, given from Python, `gpu_bp.train(config, sources=...)`, or named in data.sources."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ import gpu_bp
 from gpu_bp import Batch, NumpyBackend, Source, Task, Trainer, UserError
 from gpu_bp.backends import Backend
 from gpu_bp.cli import main
-from gpu_bp.data import own_data
+from gpu_bp.data import load_data, own_data
 
 Tiny = Callable[..., dict[str, Any]]
 
@@ -87,8 +89,8 @@ def test_own_sources(
         main(["evaluate", "host", "--backend", "numpy"])
     assert exited.value.code == 2
     assert capsys.readouterr().err == (
-        "error: data.kind is own: sources are needed, which only Python can give: "
-        "gpu_bp.train(config, sources=...), gpu_bp.evaluate(run, sources=...)\n"
+        'error: data.kind is own: sources are needed: name them, data.sources.train = "module:object", or give them '
+        "from Python, gpu_bp.train(config, sources=...), gpu_bp.evaluate(run, sources=...)\n"
     )
 
 
@@ -126,7 +128,7 @@ def of_another_backend() -> Source:
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        (None, "data.kind is own: sources are needed, which only Python can give: gpu_bp.train(config, sources=...)"),
+        (None, "data.kind is own: sources are needed: name them, data.sources.train = "),
         ({}, "sources must be named train, and perhaps validation and test, not none at all"),
         ({"training": Waves(9)}, "must be named train, and perhaps validation and test, not training"),
         ({"train": Waves(9), "tset": Waves(9)}, "and perhaps validation and test, not train, tset"),
@@ -176,3 +178,130 @@ def test_errors_of_a_source_are_its_own(own: Tiny, tmp_path: Path, residency: st
         if residency == "host":
             assert len((run / "metrics.jsonl").read_text().splitlines()) == 12  # rows 96 to 119 are the fifth window
             assert isinstance(error, ZeroDivisionError) or "its metrics are in" in str(caught.value)
+
+
+# named in the config -----------------------------------------------------------------------------------------------
+
+WAVES = """
+from test_own_sources import Waves
+
+with open("ran.txt", "a") as file:
+    file.write("x")
+
+train = Waves(200)
+number = 3
+
+def later(seed, n_rows=50):
+    return Waves(n_rows, 200 + seed)
+
+def on(backend):
+    source = Waves(9)
+    source.backend = backend
+    return source
+
+def fails():
+    raise ZeroDivisionError("in the function")
+"""
+
+CONFIG = """
+seed = 7
+network.hidden = [5]
+optimizer.learning_rate = 0.1
+train.epochs = 2
+[data]
+kind = "own"
+[data.sources]
+train = "waves:train"
+validation = "waves:later"
+test = {kind = "waves.py:later", n_rows = 60, seed = 50}
+"""
+
+
+@pytest.fixture
+def waves(in_tmp: Path) -> Iterator[Path]:
+    """A working folder with waves.py and a config in it; what was imported from it is forgotten afterwards."""
+    (in_tmp / "waves.py").write_text(WAVES)
+    (in_tmp / "waves.toml").write_text(CONFIG)
+    yield in_tmp
+    for name in ("waves", str(in_tmp / "waves.py")):
+        sys.modules.pop(name, None)
+
+
+def run_main(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exited:
+        main([*arguments, "--backend", "numpy"])
+    return int(str(exited.value.code))
+
+
+def test_named_sources(waves: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They train as those given from Python do; functions are given the seed, and arguments from beside their name."""
+    assert run_main("train", "waves.toml", "--run", "named") == 0
+    sources = {"train": Waves(200), "validation": Waves(50, 207), "test": Waves(60, 250)}
+    config = gpu_bp.load_config("waves.toml", ['data={kind="own"}'])
+    given = gpu_bp.train(config, sources=sources, backend="numpy", run="given", pictures=False)
+    tensors = gpu_bp.Model.load(waves / "named/model.safetensors", NumpyBackend()).network.tensors()
+    for name, tensor in given.model.network.tensors().items():
+        np.testing.assert_array_equal(tensors[name], tensor)
+    assert f'kind = "{waves}/waves.py:later"' in (waves / "named/config.toml").read_text()
+    capsys.readouterr()
+    sys.modules.pop("waves")
+    (waves / "ran.txt").unlink()
+    assert run_main("evaluate", "named") == 2
+    assert "names code, waves:train, which runs when it is read: " in capsys.readouterr().err
+    np.save("x.npy", np.zeros((2, 2)))
+    assert run_main("predict", "named", "x.npy") == 0  # which needs no data
+    assert not (waves / "ran.txt").exists()
+    assert run_main("evaluate", "named", "--trust-code") == 0
+    evaluated = gpu_bp.evaluate("named", trust_code=True, backend="numpy")
+    assert evaluated == {name: given.summary[name] for name in evaluated}
+    assert evaluated["test"]["rows"] == 60
+
+
+def test_a_function_that_takes_the_backend(waves: Path, own: Tiny) -> None:
+    raw = own(data={"sources": {"train": "waves:on"}})
+    jsonschema.validate(raw, gpu_bp.Config.model_json_schema())
+    config = gpu_bp.parse_config(raw)
+    backend = NumpyBackend()
+    assert load_data(config, backend=backend).sources["train"].backend is backend
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ({"train": "waves"}, "data.sources.train.kind: must be of the form module:object or path/to/file.py:object"),
+        ({"test": "waves:train"}, "data.sources.train is missing"),
+        (
+            {"train": "waves:train", "tset": "waves:train"},
+            "unknown key data.sources.tset; did you mean data.sources.test",
+        ),
+        ("waves:train", "data.sources must be a table, not 'waves:train'"),
+        ({"train": "waves:trian"}, "data.sources.train: waves has no object 'trian'; did you mean train?"),
+        ({"train": "nowhere:train"}, "data.sources.train: there is no module 'nowhere'"),
+        ({"train": "waves:number"}, "the train source must be a gpu_bp.Source, not int"),
+        (
+            {"train": {"kind": "waves:train", "n_rows": 3}},
+            "train: waves:train is no class or function, so it takes no n_rows",
+        ),
+        (
+            {"train": {"kind": "waves:later", "rows": 3}},
+            "train: waves:later takes (seed, n_rows=50): got an unexpected key",
+        ),
+        ({"train": "waves:Waves"}, "data.sources.train: waves:Waves takes ("),
+    ],
+)
+def test_names_that_are_refused(waves: Path, own: Tiny, sources: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        gpu_bp.train(own(data={"sources": sources}), backend="numpy", run="run")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (waves / "run").exists()
+
+
+def test_sources_given_twice(waves: Path, own: Tiny) -> None:
+    with pytest.raises(UserError, match="sources are given twice: leave out data.sources, or those given from Python"):
+        gpu_bp.train(own(data={"sources": {"train": "waves:train"}}), sources=splits(), backend="numpy")
+
+
+def test_an_error_in_a_function_is_its_own(waves: Path, own: Tiny) -> None:
+    with pytest.raises(ZeroDivisionError, match="in the function"):
+        gpu_bp.train(own(data={"sources": {"train": "waves:fails"}}), backend="numpy")

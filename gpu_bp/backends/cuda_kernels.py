@@ -10,6 +10,8 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from gpu_bp.backends.trace import trace
 from gpu_bp.formula import Columns, Program
 from gpu_bp.registry import (
@@ -24,6 +26,8 @@ from gpu_bp.registry import (
     normalise,
     normalise_delta,
 )
+
+CUDA_NAMES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.int64): "long long"}
 
 
 class Kernel(NamedTuple):

@@ -60,7 +60,7 @@ def cublas() -> Any:
     return cupy.cublas
 
 
-_CUDA_NAMES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.int64): "long long"}
+_CUDA_NAMES = kernels.CUDA_NAMES
 
 
 @functools.cache

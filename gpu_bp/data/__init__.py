@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any, get_args
 
 import numpy as np
 
+from gpu_bp import own
 from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.config import Config
-from gpu_bp.config_data import ArrayData, DataSection, OwnData, ShardData, Synthetic, TableData
+from gpu_bp.config_data import ArrayData, DataSection, OwnData, ShardData, SourceChoice, Synthetic, TableData
 from gpu_bp.data.arrays import ArrayReader, NpyFile
 from gpu_bp.data.columns import Columns
 from gpu_bp.data.preparation import Coding, Preparation, check_targets, code_labels, code_targets, fit_scaling
@@ -97,10 +99,15 @@ def load_data(config: Config, preparation: Preparation | None = None, *, backend
         columns = columns or _fit_columns(table, data, loss)
         return _from_files(TableReader(table, columns, weight=data.weight_column), data, loss, preparation, columns)
     assert isinstance(data, OwnData)
-    raise UserError(
-        "data.kind is own: sources are needed, which only Python can give: gpu_bp.train(config, sources=...), "
-        "gpu_bp.evaluate(run, sources=...)"
-    )
+    if data.sources is None:
+        raise UserError(
+            'data.kind is own: sources are needed: name them, data.sources.train = "module:object", or give them from '
+            "Python, gpu_bp.train(config, sources=...), gpu_bp.evaluate(run, sources=...)"
+        )
+    backend = backend or NumpyBackend()
+    choices = {name: getattr(data.sources, name) for name in SPLITS}
+    named = {name: _source(name, choice, config.seed, backend) for name, choice in choices.items() if choice}
+    return own_data(named, loss, backend)
 
 
 def own_data(sources: Mapping[str, Source], loss: Loss, backend: Backend) -> Dataset:
@@ -126,6 +133,30 @@ def own_data(sources: Mapping[str, Source], loss: Loss, backend: Backend) -> Dat
         raise UserError(f"the sources' targets are class indices, which loss {loss.name} does not take")
     preparation = Preparation(train.task, None, (0.0,) * train.n_inputs, (1.0,) * train.n_inputs)
     return _with_weight(Dataset(sources, preparation))
+
+
+def _source(split: str, choice: SourceChoice, seed: int, backend: Backend) -> Any:
+    """The source that a config names, or what its class or function makes of the arguments.
+
+    A function that takes a `seed` or a `backend` is given the config's and the network's.
+    """
+    arguments, where = choice.arguments, f"data.sources.{split}: {choice.kind}"
+    try:
+        found: Any = own.load(choice.kind)
+    except UserError as error:
+        raise UserError(f"data.sources.{split}: {error}") from None
+    if isinstance(found, Source) or not callable(found):
+        if arguments:
+            raise UserError(f"{where} is no class or function, so it takes no {', '.join(arguments)}")
+        return found
+    signature = inspect.signature(found)
+    offered = {"seed": seed, "backend": backend}
+    arguments = {name: value for name, value in offered.items() if name in signature.parameters} | arguments
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise UserError(f"{where} takes {signature}: {error}") from None
+    return found(**arguments)
 
 
 def _of(source: Source) -> str:
