@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gpu_bp.metrics import DEFAULTS
 from gpu_bp.runs import Lines
 from gpu_bp.trainer import Trainer
 
@@ -26,14 +28,12 @@ def watch(console: Console) -> Any:
     return lines
 
 
-def describe(line: dict[str, Any]) -> str:
-    """A line of metrics in words."""
+def describe(line: dict[str, Any], selected: str = "") -> str:
+    """A line of metrics in words: of all its metrics those that every training has, and the one `selected`."""
+    usual = ("loss", *itertools.chain(*DEFAULTS.values()))
+    keys = {"train_errors": None, **{f"validation_{name}": None for name in usual}, selected: None}
     words = [f"epoch {line['epoch']}", f"step {line['step']}", f"loss {line['train_loss']:.6g}"]
-    words += [
-        f"{key.replace('_', ' ')} {value:.6g}"
-        for key, value in line.items()
-        if key.startswith(("validation_", "average_")) or key == "train_errors"
-    ]
+    words += [f"{key.replace('_', ' ')} {line[key]:.6g}" for key in keys if key in line and key != "train_loss"]
     return "  ".join(words)
 
 
@@ -56,7 +56,8 @@ def _plain(console: Console) -> Any:
 
 def _print(console: Console, trainer: Trainer, line: dict[str, Any]) -> None:
     speed = line["rows"] / line["seconds"] if line["seconds"] else 0.0
-    text = f"{describe(line)}  {speed:,.0f} rows/s"
+    stopping = trainer.config.stopping
+    text = f"{describe(line, stopping.metric if stopping else '')}  {speed:,.0f} rows/s"
     console.print(f"[{line['step'] / trainer.total_steps:4.0%}] {text}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -25,6 +25,7 @@ from gpu_bp import Batch, Config, Source, Task, UserError, dump_config, parse_co
 from gpu_bp.backends import Backend
 from gpu_bp.cli import main
 from gpu_bp.metrics import METRICS, Metric, Metrics, find
+from gpu_bp.progress import describe
 from gpu_bp.trainer import EVALUATION_ROWS, Evaluator, build_network
 
 Tiny = Callable[..., dict[str, Any]]
@@ -498,3 +499,17 @@ def test_which_metrics_rise(mine: Path) -> None:
         assert isinstance(metric.higher_is_better, bool)
     lower = [name for name, metric in METRICS.items() if not metric.higher_is_better]
     assert lower == ["errors", "mse", "rmse", "mae"]
+
+
+def test_progress_shows_the_usual_metrics_and_the_selected_one() -> None:
+    line = {
+        "epoch": 2,
+        "step": 9,
+        "train_loss": 0.5,
+        "validation_loss": 0.25,
+        "validation_r2": 0.75,
+        "validation_mae": 1.0,
+    }
+    usual = "epoch 2  step 9  loss 0.5  validation loss 0.25  validation r2 0.75"
+    assert describe(line) == describe(line, "train_loss") == describe(line, "validation_loss") == usual
+    assert describe(line, "validation_mae") == f"{usual}  validation mae 1"
