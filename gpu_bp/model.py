@@ -18,18 +18,20 @@ from gpu_bp.data.sources import put
 from gpu_bp.errors import UserError
 from gpu_bp.initial import read_tensors
 from gpu_bp.network import Network
-from gpu_bp.spec import Activation, RowActivation
+from gpu_bp.spec import Activation, GroupedLoss, Loss, RowActivation
 
 KEY = "gpu_bp"  # of the one entry of the file's metadata: with more, their order and so the bytes would vary
 FORMAT = 1
+PLAIN = registry.loss("squared_error")  # whose outputs are the predictions; older files do not say their loss
 
 
 @dataclass(frozen=True)
 class Model:
-    """A network and the preparation of its inputs and outputs."""
+    """A network, the preparation of its inputs and targets, and the loss, which says what its outputs are."""
 
     network: Network
     preparation: Preparation
+    loss: Loss = PLAIN
 
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
@@ -42,6 +44,7 @@ class Model:
             "normalise": network.normalise,
             "residual": network.residual,
             "dtype": network.dtype.name,
+            "loss": {"kind": self.loss.name, **self.loss.values},
             "preparation": self.preparation.to_json(),
         }
         part = path.with_name(path.name + ".part")
@@ -72,23 +75,28 @@ class Model:
                 dtype=description["dtype"],
             )
             preparation = Preparation.from_json(description["preparation"])
+            loss = _loss(**description["loss"]) if "loss" in description else PLAIN
         except UserError:
             raise
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is not a model of gpu_bp: {error or type(error).__name__}") from None
         network.load(tensors)
-        return cls(network, preparation)
+        return cls(network, preparation, loss)
 
     def predict(self, path: Path) -> tuple[list[str], list[np.ndarray]]:
         """Predictions for the raw rows of a .csv, .parquet or .npy file: names and columns.
 
-        Regression: the outputs in raw units. Classification: `class`, then an output or probability a class.
+        Regression: the outputs in raw units; of a loss of several outputs a target, with a label behind the target's
+        name. Classification: `class`, then an output or probability a class.
         """
         raw = self.preparation.read(path)
         inputs = np.empty(raw.shape, self.network.dtype)
         put(raw, inputs, str(path))
         outputs = self.network.predict(inputs)
-        task, names = self.preparation.task, self.preparation.output_names(outputs.shape[1])
+        task = self.preparation.task
+        names = self.preparation.output_names(outputs.shape[1] // self.loss.groups)
+        if isinstance(self.loss, GroupedLoss):
+            return self._labelled(self.loss, names, outputs)
         if task.kind == "regression":
             return names, list(self.preparation.raw_outputs(outputs).T)
         values = list(outputs.astype(np.float64).T)
@@ -100,9 +108,26 @@ class Model:
             return ["class", *names], [_named(decided[:, 0], task.classes), *values]
         return [*(f"class_{name}" for name in names), *names], [*decided.T, *values]
 
+    def _labelled(
+        self, loss: GroupedLoss, targets: list[str], outputs: np.ndarray
+    ) -> tuple[list[str], list[np.ndarray]]:
+        predicted = loss.predictions(loss.grouped(outputs), **loss.values)
+        names: list[str] = []
+        columns: list[np.ndarray] = []
+        for k, label in enumerate(loss.labels):
+            variances = label == "variance"
+            raw = self.preparation.raw_variances if variances else self.preparation.raw_outputs
+            names += [f"{target}_{label}" if label else target for target in targets]
+            columns += list(raw(predicted[:, k]).T)
+        return names, columns
+
 
 def _activation(kind: str, **parameters: float) -> Activation | RowActivation:
     return registry.activation(kind, **parameters)
+
+
+def _loss(kind: str, **parameters: Any) -> Loss:
+    return registry.loss(kind, **parameters)
 
 
 def _named(decided: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:

@@ -98,6 +98,10 @@ def activation(name: str, /, **parameters: Any) -> Activation | RowActivation:
 
 def loss(name: str, /, **parameters: Any) -> Loss:
     """The loss of that name, with parameters such as `threshold` chosen. Raises UserError as `activation`."""
+    if "label_smoothing" in parameters and name in LOSSES and "label_smoothing" not in LOSSES[name].parameters:
+        raise UserError(
+            f"{name} takes no label_smoothing, which is for classifications: cross_entropy and binary_cross_entropy"
+        )
     return _find("loss", LOSSES, name, parameters)
 
 

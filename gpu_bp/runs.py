@@ -132,13 +132,15 @@ def evaluate(
     folder = RunFolder.open(Path(run))
     model, config = Model.load(folder.model_file, backend), folder.config()
     dataset = _dataset(config, sources, backend) or load_data(config, model.preparation, backend=backend)
-    if [dataset.n_inputs, dataset.n_targets] != [model.network.widths[0], model.network.widths[-1]]:
+    loss, widths = config.loss.record(), model.network.widths
+    n_outputs = loss.groups * dataset.n_targets
+    if [dataset.n_inputs, n_outputs] != [widths[0], widths[-1]]:
         raise UserError(
-            f"{folder.model_file} takes {model.network.widths[0]} inputs and gives {model.network.widths[-1]} outputs; "
-            f"the data of {folder.config_file} have {dataset.n_inputs} inputs and {dataset.n_targets} targets"
+            f"{folder.model_file} takes {widths[0]} inputs and gives {widths[-1]} outputs; "
+            f"the data and the loss of {folder.config_file} need {dataset.n_inputs} inputs and {n_outputs} outputs"
         )
     sources, _ = settle(backend, dataset.sources, config.data.residency, model.network.dtype)
-    made = evaluators(model.network, config.loss.record(), sources)
+    made = evaluators(model.network, loss, sources)
     return {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in made.items()}
 
 

@@ -66,6 +66,7 @@ class Evaluator:
     def __init__(self, network: Network, loss: Loss, source: Source, most: int | None = None) -> None:
         self._backend = network.backend
         self._task = source.task
+        self._loss = loss
         self._batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype)
         self._objective = Objective(network, loss, self._batches.size, backward=False)
         self._steps = min(self._batches.per_epoch, -(-(most or source.n_rows) // self._batches.size))
@@ -73,7 +74,7 @@ class Evaluator:
 
     def __call__(self) -> dict[str, Any]:
         """`loss`, the mean over the rows, and the task's metrics. Waits for the device."""
-        metrics = Metrics(self._task)
+        metrics = Metrics(self._task, self._loss)
         with np.errstate(over="ignore", invalid="ignore"):  # where a loss is not finite, the caller sees it
             for batch in islice(self._batches.epoch(0, follows=False), self._steps):
                 outputs = self._objective.forward(batch)
@@ -105,7 +106,7 @@ class Trainer:
         network = build_network(config, dataset, backend)
         self.config = config
         self.dataset = dataset
-        self.model = Model(network, dataset.preparation)
+        self.model = Model(network, dataset.preparation, loss)
         data = config.data
         sources, self.where_data = settle(backend, dataset.sources, data.residency, network.dtype)
         self._evaluators = evaluators(network, loss, sources)

@@ -7,6 +7,8 @@ from typing import Literal
 
 import numpy as np
 
+from gpu_bp.spec import GroupedLoss, Loss
+
 Decision = Literal["none", "sign", "half", "argmax"]
 
 
@@ -47,12 +49,15 @@ class Metrics:
     """The task's metrics, gathered batch by batch in float64.
 
     Classification: `errors` (rows with any output wrong) and `accuracy`. Regression: `mse` (the mean square
-    over all outputs, in training units) and `r2` (the mean over the outputs of 1 - residual / variance).
+    over all targets, in training units) and `r2` (the mean over the targets of 1 - residual / variance), of the loss's
+    point predictions; and where its outputs are an interval, `coverage` (the share of the targets that lie in it).
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, loss: Loss) -> None:
         self._task = task
-        self._rows = self._errors = 0
+        self._loss = loss
+        self._interval = loss if isinstance(loss, GroupedLoss) and loss.interval and loss.groups > 1 else None
+        self._rows = self._errors = self._covered = 0
         self._residual: np.ndarray | float = 0.0
         self._sum: np.ndarray | float = 0.0
         self._square: np.ndarray | float = 0.0
@@ -65,6 +70,10 @@ class Metrics:
             self._errors += int(self._task.wrong(outputs, targets).sum())
             return
         d = targets.astype(np.float64)
+        if self._interval:
+            grouped = self._interval.grouped(outputs)
+            self._covered += int(((grouped[:, 0] <= d) & (d <= grouped[:, -1])).sum())
+        outputs = self._loss.point_prediction(outputs)
         if self._origin is None:
             self._origin = d[0].copy()  # sums about a value of the data itself do not cancel
         self._residual += ((outputs - d) ** 2).sum(axis=0)
@@ -78,4 +87,5 @@ class Metrics:
         variation = np.asarray(self._square) - np.asarray(self._sum) ** 2 / self._rows
         with np.errstate(divide="ignore", invalid="ignore"):
             explained = np.where(variation > 0, 1 - self._residual / variation, 0.0)
-        return {"mse": float(np.mean(self._residual) / self._rows), "r2": float(explained.mean())}
+        coverage = {"coverage": self._covered / (self._rows * explained.size)} if self._interval else {}
+        return {"mse": float(np.mean(self._residual) / self._rows), "r2": float(explained.mean()), **coverage}
