@@ -17,7 +17,7 @@ from gpu_bp.data.source import Batch
 from gpu_bp.network import Network
 from gpu_bp.noise import Noise
 from gpu_bp.registry import Permutations, Purpose
-from gpu_bp.spec import Activation, FreeLoss, Loss
+from gpu_bp.spec import Activation, Loss
 from gpu_bp.step import Objective
 
 STEPS = (1e-5, 1e-6, 1e-7)
@@ -102,7 +102,7 @@ class _Point:
             phi.kinks(**phi.values) if isinstance(phi, Activation) else ()
             for phi in (layer.activation for layer in network.layers)
         ]
-        self._loss_kinks = loss.kinks(**loss.values) if isinstance(loss, FreeLoss) else ()
+        self._loss_kinks = loss.kinks(**loss.values)
 
     def gradient(self) -> np.ndarray:
         """dE/dw by backpropagation: the flat buffer."""
@@ -141,8 +141,9 @@ class _Point:
             if kinks:
                 sides += np.digitize(to_host(signal.net_input), kinks).tobytes()
         if self._loss_kinks:
-            error = to_host(objective.signals[-1].output) - to_host(self._batch.targets)
-            sides += np.digitize(error, self._loss_kinks).tobytes()
+            targets = to_host(self._batch.targets)
+            outputs = to_host(objective.signals[-1].output).reshape(len(targets), self._loss.groups, -1)
+            sides += np.digitize(outputs - targets[:, None], self._loss_kinks).tobytes()
         return loss, sides
 
 

@@ -76,6 +76,8 @@ def to_sklearn(model: Model, *, classes: Sequence[Any] | None = None) -> Any:
             "the model prepares its data (a table's, or as data.scaling and target_scaling say), and scikit-learn's "
             'perceptrons take them as they are; train on arrays with scaling "none", and prepare them before'
         )
+    if model.loss.groups > 1:
+        raise UserError(f"scikit-learn's perceptrons have one output a target, and loss {model.loss.name} several")
     if network.normalise or network.residual:
         raise UserError("scikit-learn's perceptrons have neither layer normalisation nor shortcuts")
     if unknown := set(hidden) - set(HIDDEN):

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from gpu_bp import own
+from gpu_bp import own, registry
 from gpu_bp.errors import UserError, nearest, unknown
+from gpu_bp.spec import GroupedLoss, Loss
 
 if TYPE_CHECKING:
     from gpu_bp.data.task import Task
@@ -34,6 +35,7 @@ class Rows:
     """Rows of a batch on the host: outputs (n, n_outputs), their targets, and weights (n,) if any, none of them 0."""
 
     task: Task
+    loss: Loss
     outputs: np.ndarray
     targets: np.ndarray
     weights: np.ndarray | None = None
@@ -50,8 +52,10 @@ class Rows:
 
     @cached_property
     def predicted(self) -> np.ndarray:
-        """Likewise what the outputs say."""
-        return self.task.numbers(self.outputs) if self._classes else self.outputs.astype(np.float64)
+        """Likewise what the outputs say: of several a target, the best single guess."""
+        if self._classes:
+            return self.task.numbers(self.outputs)
+        return np.asarray(self.loss.point_prediction(self.outputs), np.float64)
 
     @property
     def _classes(self) -> bool:
@@ -121,6 +125,21 @@ class Residuals:
         return np.asarray(self._square - self._sum**2 / self.n)
 
 
+class Covered:
+    """How many targets lie in the interval that the outputs give for them, and how many there are."""
+
+    def __init__(self, n_classes: int) -> None:
+        self.inside: float = 0
+        self.n: float = 0
+
+    def add(self, rows: Rows) -> None:
+        assert isinstance(rows.loss, GroupedLoss)
+        grouped, wanted = rows.loss.grouped(rows.outputs), rows.wanted
+        inside = (grouped[:, 0] <= wanted) & (wanted <= grouped[:, -1])
+        self.inside += (rows.count[:, None] * inside).sum().item()
+        self.n += rows.count.sum().item() * wanted.shape[1]
+
+
 class Predictions:
     """All rows: the classes wanted and decided, as `Rows` has them, or the targets and outputs of a regression."""
 
@@ -166,6 +185,7 @@ class Metric:
         n_classes: where a row must have one class: how many there must be, 0 for any number of them.
         per_class: whether the value is one number a class, whose keys are `name_CLASS`.
         weighable: whether rows may have weights.
+        of_interval: whether it is for losses whose outputs are the ends of an interval.
     """
 
     name: str
@@ -176,6 +196,7 @@ class Metric:
     n_classes: int | None = None
     per_class: bool = False
     weighable: bool = True
+    of_interval: bool = False
 
 
 def _recall(counts: Counts) -> np.ndarray:
@@ -225,6 +246,7 @@ METRICS = {
         Metric("rmse", "regression", False, Residuals, lambda sums: np.sqrt(sums.squared / sums.n).mean()),
         Metric("mae", "regression", False, Residuals, lambda sums: np.mean(sums.absolute) / sums.n),
         Metric("r2", "regression", True, Residuals, _r2),
+        Metric("coverage", "regression", None, Covered, lambda of: of.inside / of.n, of_interval=True),
     )
 }
 DEFAULTS = {"classification": ("errors", "accuracy"), "regression": ("mse", "r2")}
@@ -298,16 +320,28 @@ class Metrics:
 
     Args:
         task, n_targets, weighted: of the source of the rows.
+        loss: which says what the outputs are; by default one a target.
         added: metrics beside the usual ones.
 
     Raises:
         UserError: a metric that does not go with the task or with weights, or two of one name.
     """
 
-    def __init__(self, task: Task, n_targets: int = 1, added: Iterable[Metric] = (), *, weighted: bool = False) -> None:
+    def __init__(
+        self,
+        task: Task,
+        n_targets: int = 1,
+        added: Iterable[Metric] = (),
+        *,
+        weighted: bool = False,
+        loss: Loss | None = None,
+    ) -> None:
         self._task = task
+        self._loss = loss or registry.loss("squared_error")
         self._classes = task.class_names(n_targets)
         self._metrics = [METRICS[name] for name in DEFAULTS[task.kind]]
+        if self._loss.gives_interval:
+            self._metrics.append(METRICS["coverage"])
         self._of: dict[str, Metric] = {}
         for metric in added:
             if metric not in self._metrics:
@@ -331,7 +365,7 @@ class Metrics:
             there = weights > 0
             outputs, targets, weights = outputs[there], targets[there], weights[there].astype(np.float64)
         if len(outputs):
-            rows = Rows(self._task, outputs, targets, weights)
+            rows = Rows(self._task, self._loss, outputs, targets, weights)
             for gathered in self._gathered.values():
                 gathered.add(rows)
             self._any = True
@@ -360,6 +394,8 @@ class Metrics:
         if name not in self._of:
             raise UserError(f"unknown metric {key!r}; {nearest(name, ('loss', *self._of))}")
         rises = self._of[name].higher_is_better
+        if rises is None and name in METRICS:
+            raise UserError(f"no network is selected by its {name}: neither more of it nor less is better")
         if rises is None:
             raise UserError(
                 f"whether a larger {name} is better is not known: name it in train.metrics as a table with "
@@ -383,6 +419,8 @@ class Metrics:
             why = f"needs one class a row, and a row has {n_targets} targets here, each of which may be 1; leave it out"
         elif wanted and wanted != len(self._classes):
             why = f"needs {wanted} classes, and there are {len(self._classes)}; leave it out"
+        elif metric.of_interval:
+            why = "is of the ends of an interval, as loss quantile with two levels or more gives them; leave it out"
         elif weighted and not metric.weighable:
             why = "must take the keyword sample_weight, since the rows have weights"
         else:

@@ -18,19 +18,21 @@ from gpu_bp.data.sources import put
 from gpu_bp.errors import UserError
 from gpu_bp.network import Network
 from gpu_bp.own import Piece, refuse_untrusted
-from gpu_bp.spec import Activation, Record, RowActivation
+from gpu_bp.spec import Activation, GroupedLoss, Loss, Record, RowActivation
 from gpu_bp.tensor_file import read_tensors, write_tensors
 
 KEY = "gpu_bp"  # of the one entry of the file's metadata: with more, their order and so the bytes would vary
 FORMAT = 1
+PLAIN = registry.loss("squared_error")  # whose outputs are what is predicted
 
 
 @dataclass(frozen=True)
 class Model:
-    """A network and the preparation of its inputs and outputs."""
+    """A network, the preparation of its inputs and targets, and the loss, which says what its outputs are."""
 
     network: Network
     preparation: Preparation
+    loss: Loss = PLAIN
 
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
@@ -45,6 +47,8 @@ class Model:
             "dtype": network.dtype.name,
             "preparation": self.preparation.to_json(),
         }
+        if isinstance(self.loss, GroupedLoss):  # else the outputs are what is predicted
+            description["loss"] = _named_record(self.loss)
         write_tensors(path, network.tensors(), metadata={KEY: json.dumps(description)})
 
     @classmethod
@@ -65,11 +69,12 @@ class Model:
             description: dict[str, Any] = json.loads(metadata[KEY])
             if description["format"] != FORMAT:
                 raise UserError(f"{path} has model format {description['format']}, this version reads {FORMAT}")
-            choices = description["activations"]
-            refuse_untrusted((c["kind"] for c in choices if ":" in c["kind"]), str(path), own, trust_code)
+            choices, of_loss = description["activations"], description.get("loss", {"kind": PLAIN.name})
+            names = (choice["kind"] for choice in (*choices, of_loss))
+            refuse_untrusted((name for name in names if ":" in name), str(path), own, trust_code)
             network = Network(
                 description["widths"],
-                [_activation(own, **choice) for choice in choices],
+                [cast(Activation | RowActivation, _record("activation", own, **choice)) for choice in choices],
                 biases=description["biases"],
                 normalise=description.get("normalise", False),  # older files have neither
                 residual=description.get("residual", False),
@@ -77,23 +82,28 @@ class Model:
                 dtype=description["dtype"],
             )
             preparation = Preparation.from_json(description["preparation"])
+            loss = cast(Loss, _record("loss", own, **of_loss))
         except UserError:
             raise
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is not a model of gpu_bp: {error or type(error).__name__}") from None
         network.load(tensors)
-        return cls(network, preparation)
+        return cls(network, preparation, loss)
 
     def predict(self, path: Path) -> tuple[list[str], list[np.ndarray]]:
         """Predictions for the raw rows of a .csv, .parquet or .npy file: names and columns.
 
-        Regression: the outputs in raw units. Classification: `class`, then an output or probability a class.
+        Regression: the outputs in raw units; of a loss of several outputs a target, with a label behind the target's
+        name. Classification: `class`, then an output or probability a class.
         """
         raw = self.preparation.read(path)
         inputs = np.empty(raw.shape, self.network.dtype)
         put(raw, inputs, str(path))
         outputs = self.network.predict(inputs)
-        task, names = self.preparation.task, self.preparation.output_names(outputs.shape[1])
+        task = self.preparation.task
+        names = self.preparation.output_names(outputs.shape[1] // self.loss.groups)
+        if isinstance(self.loss, GroupedLoss):
+            return self._labelled(self.loss, names, outputs)
         if task.kind == "regression":
             return names, list(self.preparation.raw_outputs(outputs).T)
         values = list(outputs.astype(np.float64).T)
@@ -105,15 +115,27 @@ class Model:
             return ["class", *names], [_named(decided[:, 0], task.classes), *values]
         return [*(f"class_{name}" for name in names), *names], [*decided.T, *values]
 
+    def _labelled(
+        self, loss: GroupedLoss, targets: list[str], outputs: np.ndarray
+    ) -> tuple[list[str], list[np.ndarray]]:
+        predicted = loss.predictions(loss.grouped(outputs), **loss.values)
+        names: list[str] = []
+        columns: list[np.ndarray] = []
+        for k, label in enumerate(loss.labels):
+            variances = label == "variance"
+            raw = self.preparation.raw_variances if variances else self.preparation.raw_outputs
+            names += [f"{target}_{label}" if label else target for target in targets]
+            columns += list(raw(predicted[:, k]).T)
+        return names, columns
+
 
 def _named_record(record: Record) -> dict[str, Any]:
     kind, values = registry.name_of(record)
     return {"kind": kind, **values}
 
 
-def _activation(own: Sequence[Piece], kind: str, **parameters: Any) -> Activation | RowActivation:
-    record = registry.choose(registry.find("activation", kind, own), kind, parameters)
-    return cast(Activation | RowActivation, record)
+def _record(what: str, own: Sequence[Piece], kind: str, **parameters: Any) -> Record:
+    return registry.choose(registry.find(what, kind, own), kind, parameters)
 
 
 def _named(decided: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:

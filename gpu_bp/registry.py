@@ -108,6 +108,10 @@ def find(what: str, name: str, passed: Sequence[own.Piece] = ()) -> Record:
 
 def choose(record: Record, name: str, parameters: dict[str, Any]) -> Record:
     """The record found under that name, with parameters chosen. Raises UserError where it does not take them."""
+    if "label_smoothing" in parameters and "label_smoothing" not in record.parameters:
+        raise UserError(
+            f"{name} takes no label_smoothing, which is for classifications: cross_entropy and binary_cross_entropy"
+        )
     try:
         chosen = record.with_parameters(**parameters)
     except ValueError as error:

@@ -102,7 +102,7 @@ def _boundary(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
     margin = np.where(high > low, 0.1 * (high - low), 1.0)
     x, y = (np.linspace(a, b, 300) for a, b in zip(low - margin, high + margin, strict=True))
     grid = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
-    outputs = model.network.predict(preparation.inputs(grid))
+    outputs = model.loss.point_prediction(model.network.predict(preparation.inputs(grid)))
     figure, (axis,) = _figure(6.5, 5.5)
     task = dataset.task
     if task.decision == "argmax":
@@ -152,7 +152,7 @@ def _predictions(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
     n_rows, preparation = dataset.sources[name].n_rows, dataset.preparation
     split = dataset.rows(name, max(0, n_rows - POINTS))
     inputs, targets = split.inputs, split.targets
-    predicted = preparation.raw_outputs(model.network.predict(inputs))[:, 0]
+    predicted = preparation.raw_outputs(model.loss.point_prediction(model.network.predict(inputs)))[:, 0]
     wanted = preparation.raw_outputs(targets)[:, 0]
     label = preparation.output_names(targets.shape[1])[0]
     figure, (series, cross) = _figure(13, 4.5, columns=2, width_ratios=[2.2, 1])

@@ -159,17 +159,17 @@ def evaluate(
     backend = _backend(backend)
     folder = RunFolder.open(Path(run))
     config = folder.config(own=own, trust_code=trust_code)
-    file = folder.model(model)
+    file, loss = folder.model(model), config.loss.record()
     loaded = Model.load(file, backend, own=own, trust_code=trust_code)
-    network = loaded.network
     dataset = _dataset(config, sources, backend) or load_data(config, loaded.preparation, backend=backend)
-    if [dataset.n_inputs, dataset.n_targets] != [network.widths[0], network.widths[-1]]:
+    network, n_outputs = loaded.network, loss.groups * dataset.n_targets
+    if [dataset.n_inputs, n_outputs] != [network.widths[0], network.widths[-1]]:
         raise UserError(
             f"{file} takes {network.widths[0]} inputs and gives {network.widths[-1]} outputs; "
-            f"the data of {folder.config_file} have {dataset.n_inputs} inputs and {dataset.n_targets} targets"
+            f"the data and the loss of {folder.config_file} need {dataset.n_inputs} inputs and {n_outputs} outputs"
         )
     sources, _ = settle(backend, dataset.sources, config.data.residency, network.dtype)
-    made = evaluators(network, config.loss.record(), sources, config.train.metric_records())
+    made = evaluators(network, loss, sources, config.train.metric_records())
     return {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in made.items()}
 
 

@@ -206,15 +206,27 @@ class RowActivation(Record):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Loss(Record):
-    """What free and fused losses share.
+    """What all losses share.
 
     `targets` says what a target is: "real" numbers, "counts" (numbers that are not negative), numbers in the "unit"
     interval, "signs" (-1 or 1), or "classes" (integers (batch,), or rows of probabilities (batch, n)).
+    `kinks` are the values of y - d at which a derivative jumps; a gradient check steps around them.
     """
 
     targets: Literal["real", "counts", "unit", "signs", "classes"]
     least_outputs: int = 1
+    kinks: Callable[..., tuple[float, ...]] = _no_kinks
     starts_from_net_input: ClassVar[bool] = False  # the loss computes y itself, so v must be kept
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A name for each output that a target has; "" is the target's own."""
+        return ("",)
+
+    @property
+    def groups(self) -> int:
+        """How many outputs a target has."""
+        return len(self.labels)
 
     def n_outputs(self, n_targets: int) -> int:
         """The width of the output layer for targets of that width (for "classes": that many classes).
@@ -227,11 +239,20 @@ class Loss(Record):
                 f"{self.name} needs at least {self.least_outputs} outputs, the targets give {n_targets}; "
                 "for a single output use binary_cross_entropy"
             )
-        return n_targets
+        return self.groups * n_targets
 
     def losses_width(self, n_outputs: int) -> int:
-        """How many loss values a row has: one an output, or one in all where the loss reduces the row."""
-        return n_outputs
+        """How many loss values a row has: one a target, or one in all where the loss reduces the row."""
+        return n_outputs // self.groups
+
+    @property
+    def gives_interval(self) -> bool:
+        """Whether a target's first and last output are the ends of an interval that it is to lie in."""
+        return False
+
+    def point_prediction(self, outputs: Array) -> Array:
+        """Of outputs (rows, n_outputs) those that are the best single guess at each target: (rows, n_targets)."""
+        return outputs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -240,11 +261,9 @@ class FreeLoss(Loss):
 
     `error_signal` computes the value and dE/dy together. CUDA: sets `loss` and `e`; twin `(y, d, loss, e, s,
     **parameters)`. The output delta is `e * phi'(v)`, by the activation's own `delta`.
-    `kinks` are the values of y - d at which a derivative jumps.
     """
 
     error_signal: Twin
-    kinks: Callable[..., tuple[float, ...]] = _no_kinks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -253,7 +272,7 @@ class FusedLoss(Loss):
 
     `delta` computes y, loss and delta from v and d together. Element by element it is CUDA text that sets
     `y`, `loss` and `delta`; with `per_row`, the body of a kernel as in `RowActivation`, one loss value a row.
-    Twin: `(v, d, y, loss, delta, s)`.
+    Twin: `(v, d, y, loss, delta, s, **parameters)`.
     """
 
     output_activation: str
@@ -263,6 +282,47 @@ class FusedLoss(Loss):
 
     def losses_width(self, n_outputs: int) -> int:
         return 1 if self.per_row else n_outputs
+
+
+def _as_they_are(outputs: Array, **_: Any) -> Array:
+    return outputs
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupedLoss(Loss):
+    """A loss of several outputs a target, for regressions: such as quantiles, or a mean and a variance.
+
+    Output k of target t stands in column k * n_targets + t: all targets' first outputs come first.
+    `labelled` names the outputs of a target, from the parameters: there are as many as `groups`. `best` says which of
+    them is the best single guess. Where they are an `interval`, they rise, and the first and the last are its ends.
+    `predictions` makes of outputs (rows, groups, n_targets), on the host, what they predict: `(outputs,
+    **parameters)`.
+    `error_signals` computes the value and dE/dy of all outputs of a target together. CUDA, for one target of one row:
+    reads `Y(k)` and `d`, sets `E(k)` for each k < `groups`, and `loss`; a parameter of several numbers is an array.
+    Twin: `(y, d, loss, e, s, **parameters)`, y and e being (rows, groups, n_targets), d and loss (rows, n_targets). The
+    output delta is `e * phi'(v)`, by the activation's own `delta`.
+    """
+
+    labelled: Callable[..., tuple[str, ...]]
+    best: Callable[..., int]
+    interval: bool = False
+    predictions: Callable[..., Array] = _as_they_are
+    error_signals: Twin
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.labelled(**self.values)
+
+    @property
+    def gives_interval(self) -> bool:
+        return self.interval and self.groups > 1
+
+    def grouped(self, outputs: Array) -> Array:
+        """Outputs (rows, n_outputs) as (rows, groups, n_targets)."""
+        return outputs.reshape(len(outputs), self.groups, outputs.shape[1] // self.groups)
+
+    def point_prediction(self, outputs: Array) -> Array:
+        return self.grouped(outputs)[:, self.best(**self.values)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

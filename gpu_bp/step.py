@@ -152,8 +152,10 @@ class Objective:
 
     def _check(self, batch: Batch) -> None:
         """Raises ValueError where a batch does not fit: a kernel would broadcast it, or read beyond its end."""
-        widths, dtype = self.network.widths, self.network.dtype
-        inputs, targets = batch.inputs, batch.targets
+        widths, dtype, groups = self.network.widths, self.network.dtype, self.loss.groups
+        inputs, targets, n_targets = batch.inputs, batch.targets, widths[-1] // groups
+        if widths[-1] != groups * n_targets:
+            raise ValueError(f"{self.loss.name} has {groups} outputs a target, the network has {widths[-1]} in all")
         if inputs.shape != (batch.n, widths[0]) or inputs.dtype != dtype:
             raise ValueError(f"inputs must be (rows, {widths[0]}) {dtype}, not {inputs.shape} {inputs.dtype}")
         if batch.weights is not None and (batch.weights.shape != (batch.n,) or batch.weights.dtype != dtype):
@@ -161,8 +163,8 @@ class Objective:
         if batch.n > len(self._losses):
             raise ValueError(f"a batch of {batch.n} rows; the arrays were made for {len(self._losses)}")
         classes = self.loss.targets == "classes" and targets.shape == (batch.n,) and targets.dtype == np.int64
-        if not classes and (targets.shape != (batch.n, widths[-1]) or targets.dtype != dtype):
-            wanted = f"(rows, {widths[-1]}) {dtype}" + (", or (rows,) int64" if self.loss.targets == "classes" else "")
+        if not classes and (targets.shape != (batch.n, n_targets) or targets.dtype != dtype):
+            wanted = f"(rows, {n_targets}) {dtype}" + (", or (rows,) int64" if self.loss.targets == "classes" else "")
             raise ValueError(f"targets must be {wanted}, not {targets.shape} {targets.dtype}")
 
     def _part(self, n: int) -> tuple[list[Signals], Array]:

@@ -23,6 +23,7 @@ from gpu_bp.spec import (
     Flag,
     FreeLoss,
     FusedLoss,
+    GroupedLoss,
     Loss,
     Numbers,
     Parameter,
@@ -168,7 +169,7 @@ def _activation(check: Check) -> None:
 
 def _row_activation(check: Check) -> None:
     record: RowActivation = check.record
-    check_rows = _rows_text(record.name, record.value.cuda, lambda a: (a["v"], a["v"], a["y"], a["y"], a["y"]))
+    check_rows = _rows_text(record, record.value.cuda, lambda a: (a["v"], a["v"], a["y"], a["y"], a["y"]))
     value = Formula("value", record.value.numpy, ("v", "y"), ("y",), check_rows, record.values)
     given = {"v": numbers(6, 1)}
     check.twin(value, given)
@@ -211,7 +212,7 @@ def _fused_loss(check: Check) -> None:
     names, values = tuple(record.values), tuple(record.values.values())
     outputs = ("y", "loss", "delta")
     if record.per_row:
-        text = _rows_text(record.name, record.delta.cuda, lambda a: tuple(a[name] for name in ("v", "d", *outputs)))
+        text = _rows_text(record, record.delta.cuda, lambda a: tuple(a[name] for name in ("v", "d", *outputs)))
     else:
         kernel = kernels.fused_loss(record.name, record.delta.cuda, names)
 
@@ -237,6 +238,38 @@ def _fused_loss(check: Check) -> None:
         check.compare("delta", given, found["y"], y, 1e-12 * np.maximum(1, np.abs(y)), words)
         check.keeps_nan(formula, given, "v", "loss")
         check.texts(formula, given)
+
+
+def _grouped_loss(check: Check) -> None:
+    record: GroupedLoss = check.record
+    values = tuple(record.values.items())
+    text = kernels.grouped_loss(record.name, record.error_signals.cuda, record.groups, values, "delta = e;", ())
+    numbers_of = [value for _, value in values if not isinstance(value, tuple)]
+
+    def run(runs: Runner, a: Arrays) -> None:
+        runs.elements(text, a["y"], a["y"], a["d"], a["d"].shape[1], *numbers_of, a["loss"], a["e"])
+
+    def twin(d: np.ndarray, y: np.ndarray, loss: np.ndarray, e: np.ndarray, s: Scratch, **chosen: Any) -> None:
+        record.error_signals.numpy(record.grouped(y), d, loss, record.grouped(e), s, **chosen)
+
+    formula = Formula("error_signals", twin, ("d", "y", "loss", "e"), ("loss", "e"), run, record.values)
+    y = np.concatenate([numbers(16, 1 + k) for k in range(record.groups)], axis=1)
+    given = {"y": y, "d": random_targets(record, 16, COLUMNS, np.random.default_rng(0))}
+    check.twin(formula, as_dtype(given, np.float32))
+    found = check.twin(formula, given)["e"]
+    check.makes_no_arrays(formula, given)
+    for k in range(record.groups):
+
+        def slope(r: np.ndarray, k: int = k) -> np.ndarray:
+            outputs = np.zeros((len(r), record.groups))
+            outputs[:, k] = r
+            return check.run(formula, {"y": outputs, "d": np.zeros((len(r), 1))})["e"][:, k]
+
+        kinks = check.kinks(f"kinks of output {k}", record.kinks(**record.values), slope)
+    origin = np.tile(given["d"], record.groups)
+    check.slopes("error_signals", given, "y", lambda a: check.run(formula, a)["loss"], found, kinks, origin)
+    check.keeps_nan(formula, given, "y", "loss")
+    check.texts(formula, given)
 
 
 def _update(check: Check) -> None:
@@ -291,14 +324,15 @@ def _update(check: Check) -> None:
 
 
 def _rows_text(
-    name: str, text: str, arrays: Callable[[Arrays], tuple[np.ndarray, ...]]
+    record: Record, text: str, arrays: Callable[[Arrays], tuple[np.ndarray, ...]]
 ) -> Callable[[Runner, Arrays], None]:
     """Runs the text of a kernel in which a warp handles a row: on v, d, y, loss and delta."""
 
     def run(runs: Runner, given: Arrays) -> None:
-        called, (v, d, *rest) = f"gpu_bp_{name}", arrays(given)
-        source = kernels.row_kernel_source(called, text, kernels.CUDA_NAMES[v.dtype], kernels.CUDA_NAMES[d.dtype])
-        runs.rows(called, source, v, d, *rest)
+        called, (v, d, *rest) = f"gpu_bp_{record.name}", arrays(given)
+        types = (kernels.CUDA_NAMES[v.dtype], kernels.CUDA_NAMES[d.dtype])
+        source = kernels.row_kernel_source(called, text, *types, tuple(record.values))
+        runs.rows(called, source, v, d, *rest, *record.values.values())
 
     return run
 
@@ -308,5 +342,6 @@ _CHECKS: dict[type[Any], Callable[[Check], None]] = {
     RowActivation: _row_activation,
     FreeLoss: _free_loss,
     FusedLoss: _fused_loss,
+    GroupedLoss: _grouped_loss,
     Update: _update,
 }

@@ -79,7 +79,7 @@ class Evaluator:
         self, network: Network, loss: Loss, source: Source, most: int | None = None, metrics: Sequence[Metric] = ()
     ) -> None:
         self._backend = network.backend
-        self.metrics = Metrics(source.task, source.n_targets, metrics, weighted=source.weighted)
+        self.metrics = Metrics(source.task, source.n_targets, metrics, weighted=source.weighted, loss=loss)
         self._batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype)
         self._objective = Objective(network, loss, self._batches.size, backward=False)
         self._steps = min(self._batches.per_epoch, -(-(most or source.n_rows) // self._batches.size))
@@ -123,7 +123,7 @@ class Trainer:
         network = build_network(config, dataset, backend)
         self.config = config
         self.dataset = dataset
-        self.model = Model(network, dataset.preparation)
+        self.model = Model(network, dataset.preparation, loss)
         data = config.data
         sources, self.where_data = settle(backend, dataset.sources, data.residency, network.dtype)
         self._evaluators = evaluators(network, loss, sources, train.metric_records())

@@ -233,8 +233,7 @@ def _softplus_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
 softplus = Activation(
     name="softplus",
     source="Dugas et al. (2001)",
-    # exp of a negative number cannot overflow, and log1p keeps what is left for v far below zero.
-    value=Twin("y = (v < T(0) ? T(0) : v) + log1p(exp(-fabs(v)));", _softplus_value),
+    value=Twin("y = softplus(v);", _softplus_value),
     # phi' = logistic(v) = 1 - exp(-y)
     delta=Twin("delta = e * -expm1(-y);", _softplus_delta),
     derivative_from="output",

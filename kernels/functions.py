@@ -1,6 +1,7 @@
 """Functions that several formulas share, for CUDA and for NumPy: stable over the whole range.
 
-(The twin of CUDA's `logistic` is scipy.special.expit; of its `sinpi` and `cospi`, which CUDA has, `sincospi`.)
+(The twin of CUDA's `logistic` is scipy.special.expit, of its `softplus(v)` numpy.logaddexp(v, 0); of its `sinpi` and
+`cospi`, which CUDA has, `sincospi`.)
 """
 
 import numpy as np
@@ -10,6 +11,10 @@ CUDA_FUNCTIONS = r"""
 template <typename T> __device__ inline T logistic(T v) {
     const T s = exp(-fabs(v));
     return (v < T(0) ? s : T(1)) / (T(1) + s);
+}
+// log(1 + exp(v)): exp of a negative number cannot overflow, and log1p keeps what is left for v far below zero.
+template <typename T> __device__ inline T softplus(T v) {
+    return (v < T(0) ? T(0) : v) + log1p(exp(-fabs(v)));
 }
 // Unlike fmin and fmax, this keeps a NaN.
 template <typename T> __device__ inline T clamp(T v, T low, T high) {

@@ -1,7 +1,7 @@
 """Losses: value and output delta of each, together; CUDA text beside its NumPy twin.
 
-A row's loss is the sum over its outputs. To add one: write its record here; the table at the end is what the
-rest of the package reads.
+A row's loss is the sum over its outputs. To add one: write its record here (one of several outputs a target in
+`grouped.py`); the table at the end is what the rest of the package reads.
 """
 
 import math
@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import expit
 
 from gpu_bp.kernels.functions import clamp
+from gpu_bp.kernels.grouped import gaussian_nll, quantile
 from gpu_bp.kernels.softmax import SOFTMAX_CUDA, softmax_rows
 from gpu_bp.spec import FreeLoss, FusedLoss, Parameter, Scratch, Twin
 
@@ -158,11 +159,25 @@ poisson = FusedLoss(
 )
 
 
+# label smoothing: d (1 - s) + s / n, so that a network need not be certain of a class, one of n --------------
+
+LABEL_SMOOTHING = {"label_smoothing": Parameter(0.0, "[0, 1)")}  # Szegedy et al. (2016)
+
+
+def _smoothed(d: Array, label_smoothing: float, n: int, out: Array) -> None:
+    np.multiply(d, 1 - label_smoothing, out=out)
+    out += label_smoothing / n
+
+
 # binary cross-entropy: -d log y - (1 - d) log(1 - y), y = logistic(v); as many labels as outputs ----------
 # In v it is (1 - d) max(v, 0) + d max(-v, 0) + log(1 + exp(-|v|)): no term is negative, so nothing cancels.
 
 
-def _binary_cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Array, s: Scratch) -> None:
+def _binary_cross_entropy(
+    v: Array, d: Array, y: Array, loss: Array, delta: Array, s: Scratch, label_smoothing: float
+) -> None:
+    _smoothed(d, label_smoothing, 2, out=delta)  # holds d until the end
+    d = delta
     np.abs(v, out=s.a)
     np.negative(s.a, out=s.a)
     np.exp(s.a, out=s.a)
@@ -182,11 +197,13 @@ def _binary_cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Arra
 binary_cross_entropy = FusedLoss(
     name="binary_cross_entropy",
     source="Bishop, Pattern Recognition and Machine Learning, section 4.3.2",
+    parameters=LABEL_SMOOTHING,
     targets="unit",
     output_activation="logistic",
     delta=Twin(
-        "y = logistic(v); delta = y - d; const T up = v < T(0) ? T(0) : v; const T down = v < T(0) ? -v : T(0);"
-        " loss = (T(1) - d) * up + d * down + log1p(exp(-fabs(v)));",
+        "const T t = d * (T(1) - label_smoothing) + label_smoothing / T(2);"
+        " y = logistic(v); delta = y - t; const T up = v < T(0) ? T(0) : v; const T down = v < T(0) ? -v : T(0);"
+        " loss = (T(1) - t) * up + t * down + log1p(exp(-fabs(v)));",
         _binary_cross_entropy,
     ),
 )
@@ -197,21 +214,30 @@ binary_cross_entropy = FusedLoss(
 # the term is 0, however far v_j lies below the top (minus infinity times 0 would be NaN).
 
 
-def _cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Array, s: Scratch) -> None:
+def _cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Array, s: Scratch, label_smoothing: float) -> None:
     softmax_rows(v, y, s)
     np.log(s.row_b, out=s.row_b)
-    if d.ndim == 1:  # class indices: d_j is 1 in column d, 0 elsewhere
+    n = v.shape[1]
+    if d.ndim == 1:  # class indices: d_j is 1 in column d, 0 elsewhere, before they are smoothed
         np.add(s.row_start, d, out=s.row_index)
         values = loss.reshape(-1)
         np.take(v.reshape(-1), s.row_index, out=values, mode="clip")
         np.subtract(s.row_a, loss, out=loss)
+        if label_smoothing:
+            loss *= 1 - label_smoothing
+            np.subtract(s.row_a, v, out=delta)
+            np.add.reduce(delta, axis=1, keepdims=True, out=s.row_a)
+            s.row_a *= label_smoothing / n
+            loss += s.row_a
         loss += s.row_b
-        np.copyto(delta, y)
+        np.subtract(y, label_smoothing / n, out=delta)
         own = s.row_a.reshape(-1)
-        np.take(y.reshape(-1), s.row_index, out=own, mode="clip")
-        own -= 1
+        np.take(delta.reshape(-1), s.row_index, out=own, mode="clip")
+        own -= 1 - label_smoothing
         np.put(delta, s.row_index, own)
     else:
+        _smoothed(d, label_smoothing, n, out=s.a)
+        d = s.a
         np.subtract(v, s.row_a, out=delta)
         delta -= s.row_b
         delta *= d
@@ -225,6 +251,7 @@ def _cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Array, s: S
 cross_entropy = FusedLoss(
     name="cross_entropy",
     source="Bridle (1990); Bishop, Pattern Recognition and Machine Learning, section 4.3.4",
+    parameters=LABEL_SMOOTHING,
     targets="classes",
     least_outputs=2,
     output_activation="softmax",
@@ -235,7 +262,7 @@ cross_entropy = FusedLoss(
 const T log_sum = log(sum);
 T row_loss = T(0);
 for (int j = lane; j < n; j += 32) {
-    const T d = TARGET(j);
+    const T d = TARGET(j) * (T(1) - label_smoothing) + label_smoothing / T(n);
     delta[j] = y[j] - d;
     if (d != T(0)) row_loss += d * (log_sum + (top - v[j]));
 }
@@ -256,5 +283,7 @@ LOSSES = (
     poisson,
     cross_entropy,
     binary_cross_entropy,
+    quantile,
+    gaussian_nll,
 )
 ALIASES: dict[str, str] = {}

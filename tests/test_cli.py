@@ -107,6 +107,71 @@ def test_softmax_classes_have_probabilities(cli: Cli, write: Callable[..., Path]
         assert row["class"] == max(p, key=lambda name: p[name])
 
 
+HOUSES = """
+[data]
+kind = "table"
+path = "houses.csv"
+target_columns = ["price", "rent"]
+test_rows = 40
+[network]
+hidden = [6]
+[loss]
+kind = "squared_error"
+[optimizer]
+kind = "adam"
+learning_rate = 0.02
+[train]
+epochs = 20
+precision = "float64"
+"""
+
+
+@pytest.fixture
+def houses(in_tmp: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Writes houses.csv, houses.toml and the test rows as last.csv: the prices and rents of these, and their scales."""
+    size, noise = np.random.default_rng(0).uniform(10, 100, 200), np.random.default_rng(1).standard_normal((200, 2))
+    targets = np.stack([1000 + 20 * size, 5 + 0.1 * size], axis=1) + noise * [100, 0.5]
+    lines = [f"{s!r},{price!r},{rent!r}" for s, (price, rent) in zip(size.tolist(), targets.tolist(), strict=True)]
+    Path("houses.csv").write_text("\n".join(["size,price,rent", *lines]) + "\n")
+    Path("last.csv").write_text("\n".join(["size,price,rent", *lines[160:]]) + "\n")
+    Path("houses.toml").write_text(HOUSES)
+    return targets[160:], targets[:160].std(axis=0)
+
+
+def predicted_from(cli: Cli, *loss: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The columns that a run with that loss predicts for last.csv, and its metrics of these rows."""
+    assert cli("train", "houses.toml", *loss, "--run", "run", "--quiet")[0] == 0
+    picture(Path("run/predictions.png"))
+    rows = [*csv.DictReader(io.StringIO(cli("predict", "run", "last.csv")[1]))]
+    test = json.loads(Path("run/summary.json").read_text())["test"]
+    assert json.loads(cli("evaluate", "run", "--json")[1])["test"] == test
+    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}, test
+
+
+def test_means_and_variances_in_raw_units(cli: Cli, houses: tuple[np.ndarray, np.ndarray]) -> None:
+    """From the columns that are predicted follow the loss and the metrics of the summary."""
+    targets, sd = houses
+    columns, test = predicted_from(cli, "loss.kind=gaussian_nll")
+    assert [*columns] == ["price", "rent", "price_variance", "rent_variance"]
+    mean, variance = np.stack([*columns.values()], axis=1).reshape(-1, 2, 2).swapaxes(0, 1)
+    loss = (np.log(variance / sd**2) + (mean - targets) ** 2 / variance).sum(axis=1).mean() / 2
+    assert loss == pytest.approx(test["loss"], rel=1e-9)
+    assert (((mean - targets) / sd) ** 2).mean() == pytest.approx(test["mse"], rel=1e-9)
+    assert "coverage" not in test
+
+
+def test_quantiles_in_raw_units(cli: Cli, houses: tuple[np.ndarray, np.ndarray]) -> None:
+    targets, sd = houses
+    columns, test = predicted_from(cli, "loss.kind=quantile", "loss.levels=[0.05, 0.5, 0.975]")
+    assert [*columns] == [f"{name}_{level}" for level in ("q05", "q50", "q97.5") for name in ("price", "rent")]
+    levels = np.stack([*columns.values()], axis=1).reshape(-1, 3, 2)
+    error = (targets[:, None] - levels) / sd
+    q = np.array([[0.05], [0.5], [0.975]])
+    assert np.maximum(q * error, (q - 1) * error).sum(axis=(1, 2)).mean() == pytest.approx(test["loss"], rel=1e-9)
+    assert (error[:, 1] ** 2).mean() == pytest.approx(test["mse"], rel=1e-9)
+    assert ((levels[:, 0] <= targets) & (targets <= levels[:, 2])).mean() == pytest.approx(test["coverage"])
+
+
 def test_a_table_gives_raw_units(cli: Cli, in_tmp: Path) -> None:
     """predict takes raw rows and gives raw units; on the test rows it reproduces the summary's mse."""
     rng = np.random.default_rng(0)

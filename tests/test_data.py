@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_bp import Batch, Batches, Config, Dataset, ResidentSource, Source, UserError, load_data, parse_config
+from gpu_bp import Batch, Batches, Config, Dataset, ResidentSource, Source, UserError, load_data, parse_config, registry
 from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.data.arrays import ArrayReader, NpyFile
 from gpu_bp.data.order import Order
@@ -107,13 +107,33 @@ def test_regression_metrics(rows: int, outputs: int, offset: float) -> None:
     rng = np.random.default_rng(rows)
     d = rng.standard_normal((rows, outputs)) + offset
     y = d + rng.standard_normal((rows, outputs)) * 0.1
-    metrics = Metrics(Task("none"))
+    metrics = Metrics(Task("none"), loss=registry.loss("squared_error"))
     for start in range(0, rows, 7):
         metrics.add(y[start : start + 7], d[start : start + 7])
     result = metrics.result()
     assert result["mse"] == pytest.approx(((y - d) ** 2).mean(), rel=1e-9)
     r2 = 1 - ((y - d) ** 2).sum(axis=0) / ((d - d.mean(axis=0)) ** 2).sum(axis=0)
     assert result["r2"] == pytest.approx(r2.mean(), rel=1e-6, abs=1e-9)
+
+
+def test_metrics_of_several_outputs_a_target() -> None:
+    """Those of the level nearest to 0.5 and of the mean; the share of the targets within the levels, ends included."""
+    d = np.array([[0.0, 10.0], [1.0, 20.0]])
+    y = np.array([[0.0, 11.0, 0.5, 12.0, 1.0, 13.0], [-1.0, 19.0, 1.0, 20.0, 0.5, 21.0]])
+    metrics = Metrics(Task("none"), loss=registry.loss("quantile", levels=[0.1, 0.6, 0.9]))
+    for row in (0, 1):
+        metrics.add(y[row : row + 1], d[row : row + 1])
+    assert metrics.result() == {"mse": (0.25 + 4) / 4, "r2": pytest.approx((0.5 + 0.92) / 2), "coverage": 0.5}
+    gaussian, one = (Metrics(Task("none"), loss=registry.loss(name)) for name in ("gaussian_nll", "quantile"))
+    gaussian.add(y[:, 2:], d)
+    one.add(y[:, 2:4], d)
+    assert gaussian.result() == one.result() == {"mse": (0.25 + 4) / 4, "r2": pytest.approx((0.5 + 0.92) / 2)}
+
+
+@pytest.mark.parametrize("loss", ["quantile", "gaussian_nll"])
+def test_classes_are_no_numbers(tiny_config: Tiny, loss: str) -> None:
+    with pytest.raises(UserError, match=f"{loss} takes numbers, the targets are 2 classes; use loss cross_entropy"):
+        load_data(parse_config(tiny_config(loss={"kind": loss})))
 
 
 # order and batches -------------------------------------------------------------------------------------------
@@ -341,6 +361,8 @@ def test_arrays(tiny_config: Tiny, tmp_path: Path) -> None:
     np.testing.assert_allclose(dataset.rows("train").inputs.std(axis=0), 1)
     np.testing.assert_allclose(dataset.preparation.raw_inputs(dataset.rows("test").inputs), x[4:])
     np.testing.assert_array_equal(dataset.rows("validation").targets, [[3.0]])
+    divided = load_arrays(tiny_config, tmp_path, x, d, scaling=4)
+    np.testing.assert_array_equal(divided.rows("train").inputs, x / 4)
     classes = load_arrays(tiny_config, tmp_path, x, np.array([0, 1, 2, 0, 1, 2]), "cross_entropy")
     assert (classes.n_targets, classes.task.decision) == (3, "argmax")
     assert load_arrays(tiny_config, tmp_path, x, np.array([0, 1] * 3), "cross_entropy", n_classes=5).n_targets == 5

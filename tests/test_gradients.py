@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import random_targets
+from cuda_on_cpu.samples import other_values
 
 from gpu_bp import Network, UserError, check_gradients, registry
 from gpu_bp.backends import Backend
@@ -26,10 +27,10 @@ def random_network(
     return network
 
 
-def check(network: Network, loss: Loss, n_outputs: int) -> None:
+def check(network: Network, loss: Loss, n_targets: int) -> None:
     rng = np.random.default_rng(1)
     inputs = rng.standard_normal((ROWS, 3))
-    results = check_gradients(network, loss, inputs, random_targets(loss, ROWS, n_outputs, rng))
+    results = check_gradients(network, loss, inputs, random_targets(loss, ROWS, n_targets, rng))
     assert len(results) == len(network.layout.shapes)
     for worst in results:
         assert worst.error <= TOLERANCE, worst
@@ -38,17 +39,27 @@ def check(network: Network, loss: Loss, n_outputs: int) -> None:
 
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("depth", range(4))
-@pytest.mark.parametrize("n_outputs", [1, 3])
+@pytest.mark.parametrize("n_targets", [1, 3])
 @pytest.mark.parametrize("loss_name", registry.LOSSES)
 @pytest.mark.parametrize("phi", PHI)
-def test_gradient(backend: Backend, phi: str, loss_name: str, n_outputs: int, depth: int, biases: bool) -> None:
+def test_gradient(backend: Backend, phi: str, loss_name: str, n_targets: int, depth: int, biases: bool) -> None:
     loss = registry.loss(loss_name)
-    if n_outputs < loss.least_outputs:
+    if n_targets < loss.least_outputs:
         with pytest.raises(ValueError, match="binary_cross_entropy"):
-            loss.n_outputs(n_outputs)
+            loss.n_outputs(n_targets)
         return
     output = loss.output_activation if isinstance(loss, FusedLoss) else phi
-    check(random_network(backend, [4, 3, 5][:depth], n_outputs, phi, output, biases), loss, n_outputs)
+    network = random_network(backend, [4, 3, 5][:depth], loss.n_outputs(n_targets), phi, output, biases)
+    check(network, loss, n_targets)
+
+
+@pytest.mark.parametrize("phi", ["tanh", "leaky_relu", "softplus"])
+@pytest.mark.parametrize("loss_name", [name for name, record in registry.LOSSES.items() if record.parameters])
+def test_gradient_of_losses_with_parameters(backend: Backend, loss_name: str, phi: str) -> None:
+    loss = registry.loss(loss_name)
+    loss = loss.with_parameters(**other_values(loss))
+    output = loss.output_activation if isinstance(loss, FusedLoss) else phi
+    check(random_network(backend, [4, 5], loss.n_outputs(3), phi, output, biases=True), loss, 3)
 
 
 @pytest.mark.parametrize(
@@ -63,11 +74,13 @@ def test_gradient_with_parameters(backend: Backend, phi: str, parameters: dict[s
     check(network, registry.loss("huber", threshold=0.3), 2)
 
 
-def test_class_probabilities_as_targets(backend: Backend) -> None:
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_class_probabilities_as_targets(backend: Backend, label_smoothing: float) -> None:
     network = random_network(backend, [4], 3, "tanh", "softmax", True)
     rng = np.random.default_rng(2)
     targets = rng.dirichlet(np.ones(3), ROWS)
-    for worst in check_gradients(network, registry.loss("cross_entropy"), rng.standard_normal((ROWS, 3)), targets):
+    loss = registry.loss("cross_entropy", label_smoothing=label_smoothing)
+    for worst in check_gradients(network, loss, rng.standard_normal((ROWS, 3)), targets):
         assert worst.error <= TOLERANCE, worst
 
 

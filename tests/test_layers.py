@@ -27,9 +27,11 @@ OPTIONS = [
 ]
 
 
-def network_of(backend: Backend, options: dict[str, Any], phi: str = "tanh", output: str = "identity") -> Network:
+def network_of(
+    backend: Backend, options: dict[str, Any], phi: str = "tanh", output: str = "identity", n_outputs: int = 2
+) -> Network:
     """4-4-4-3-2: with residual connections in the first two hidden layers."""
-    network = Network([4, 4, 4, 3, 2], [phi] * 3 + [output], backend=backend, dtype="float64", **options)
+    network = Network([4, 4, 4, 3, n_outputs], [phi] * 3 + [output], backend=backend, dtype="float64", **options)
     rng = np.random.default_rng(0)
     network.load({name: 0.8 * rng.standard_normal(shape) + 0.1 for name, shape in network.layout.shapes.items()})
     return network
@@ -41,7 +43,8 @@ def network_of(backend: Backend, options: dict[str, Any], phi: str = "tanh", out
 def test_gradients(backend: Backend, phi: str, loss_name: str, options: dict[str, Any], noise: Noise | None) -> None:
     """Derivatives from the output and from the net input, of weighted rows, with the mask of a draw."""
     loss, rng = registry.loss(loss_name), np.random.default_rng(1)
-    network = network_of(backend, options, phi, loss.output_activation if isinstance(loss, FusedLoss) else "identity")
+    output = loss.output_activation if isinstance(loss, FusedLoss) else "identity"
+    network = network_of(backend, options, phi, output, loss.n_outputs(2))
     inputs, weights = rng.standard_normal((5, 4)), np.array([1.0, 0.5, 0.0, 2.0, 1.5])
     results = check_gradients(network, loss, inputs, random_targets(loss, 5, 2, rng), weights, noise=noise)
     assert len(results) == len(network.layout.shapes)

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpu_bp
-from gpu_bp import Batch, Config, Source, Task, UserError, dump_config, parse_config
+from gpu_bp import Batch, Config, Source, Task, UserError, dump_config, parse_config, registry
 from gpu_bp.backends import Backend
 from gpu_bp.cli import main
 from gpu_bp.metrics import METRICS, Metric, Metrics, find
@@ -82,6 +82,7 @@ def suited(label: str) -> list[Metric]:
         metric
         for metric in METRICS.values()
         if metric.kind == task.kind
+        and not metric.of_interval
         and (metric.n_classes is None or (n_classes > 0 and metric.n_classes in (0, n_classes)))
     ]
 
@@ -495,10 +496,34 @@ def test_which_metrics_rise(mine: Path) -> None:
     for key in ("validation_recall", "acuracy", "recall_cow", "mse"):
         with pytest.raises(UserError, match=f"unknown metric '{key}'; .*known: loss, errors, accuracy, recall_ant"):
             metrics.rises(key)
-    for metric in METRICS.values():
-        assert isinstance(metric.higher_is_better, bool)
-    lower = [name for name, metric in METRICS.items() if not metric.higher_is_better]
+    lower = [name for name, metric in METRICS.items() if metric.higher_is_better is False]
     assert lower == ["errors", "mse", "rmse", "mae"]
+    assert [name for name, metric in METRICS.items() if metric.higher_is_better is None] == ["coverage"]
+    with pytest.raises(UserError, match="no network is selected by its coverage"):
+        Metrics(Task("none"), loss=LEVELS).rises("validation_coverage")
+
+
+# losses of several outputs a target ----------------------------------------------------------------------------------
+
+LEVELS = registry.loss("quantile", levels=[0.1, 0.6, 0.9])
+
+
+@given(st.integers(0, 99), st.integers(1, 8))
+def test_coverage(seed: int, size: int) -> None:
+    """The weighted share of the targets within the first and the last level; other metrics are of the middle one."""
+    rng = np.random.default_rng(seed)
+    d, y, weights = rng.standard_normal((8, 2)), rng.standard_normal((8, 6)), rng.integers(0, 4, 8) / 2
+    weights[0] = 1
+    metrics = Metrics(Task("none"), 2, [METRICS["mae"], find("own:bias", [bias])], weighted=True, loss=LEVELS)
+    for start in range(0, 8, size):
+        metrics.add(*(array[start : start + size] for array in (y, d, weights)))
+    inside = (y[:, :2] <= d) & (d <= y[:, 4:])
+    result = metrics.result()
+    assert result["coverage"] == pytest.approx(np.average(inside, axis=0, weights=weights).mean())
+    assert result["mae"] == pytest.approx(np.average(abs(y[:, 2:4] - d), axis=0, weights=weights).mean())
+    assert result["bias"] == pytest.approx(np.average(y[:, 2:4] - d, axis=0, weights=weights).sum())
+    with pytest.raises(UserError, match="train.metrics: coverage is of the ends of an interval"):
+        Metrics(Task("none"), 2, [METRICS["coverage"]])
 
 
 def test_progress_shows_the_usual_metrics_and_the_selected_one() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import random_targets
+from cuda_on_cpu.samples import other_values
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,10 +29,12 @@ def batch_of(backend: Backend, inputs: np.ndarray, targets: np.ndarray) -> Batch
     return Batch(*(backend.to_device(a) for a in (inputs, targets, np.arange(len(inputs)))))
 
 
-def objective_for(backend: Backend, loss_name: str, rows: int, dtype: str = "float64", phi: str = "tanh") -> Objective:
-    loss = registry.loss(loss_name)
+def objective_for(
+    backend: Backend, loss_name: str, rows: int, dtype: str = "float64", phi: str = "tanh", **parameters: Any
+) -> Objective:
+    loss = registry.loss(loss_name, **parameters)
     output = loss.output_activation if isinstance(loss, FusedLoss) else "tanh"
-    network = filled(Network([4, 6, 3], [phi, output], backend=backend, dtype=dtype))
+    network = filled(Network([4, 6, loss.n_outputs(3)], [phi, output], backend=backend, dtype=dtype))
     return Objective(network, loss, rows)
 
 
@@ -150,13 +154,19 @@ def test_no_activation_allocates_an_array(phi: str) -> None:
     _assert_no_allocation("squared_error", "sgd", "float32", phi)
 
 
-def _assert_no_allocation(loss_name: str, update: str, dtype: str, phi: str) -> None:
+@pytest.mark.parametrize("loss_name", [name for name, record in registry.LOSSES.items() if record.parameters])
+def test_no_loss_with_parameters_allocates_an_array(loss_name: str) -> None:
+    parameters = other_values(registry.LOSSES[loss_name])
+    _assert_no_allocation(loss_name, "sgd", "float32", "tanh", **parameters)
+
+
+def _assert_no_allocation(loss_name: str, update: str, dtype: str, phi: str, **parameters: Any) -> None:
     """The most that a step holds beside what it began with is the buffer of a ufunc that broadcasts.
 
     And Python numbers, each of which becomes an array of one element for a moment.
     """
     backend, rows = NumpyBackend(), 2 * BLOCK
-    objective = objective_for(backend, loss_name, rows, dtype, phi)
+    objective = objective_for(backend, loss_name, rows, dtype, phi, **parameters)
     step = Step(objective, Optimizer(registry.update(update), objective.network, lambda step: 1e-3))
     rng = np.random.default_rng(0)
     targets = random_targets(objective.loss, rows, 3, rng)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import gpu_bp
-from gpu_bp import Batch, NumpyBackend, Source, Task, Trainer, UserError
+from gpu_bp import Batch, NumpyBackend, Source, Task, Trainer, UserError, registry
 from gpu_bp.backends import Backend
 from gpu_bp.cli import main
 from gpu_bp.data import load_data, own_data
+from gpu_bp.spec import Loss
 
 Tiny = Callable[..., dict[str, Any]]
 
@@ -151,6 +152,20 @@ def test_sources_that_are_refused(own: Tiny, in_tmp: Path, sources: Any, message
     assert not list(in_tmp.iterdir()), "a training that never began leaves no folder"
 
 
+@pytest.mark.parametrize(
+    ("decision", "loss", "message"),
+    [
+        ("sign", registry.loss("quantile"), "task is a classification, and loss quantile is for regressions"),
+        ("none", registry.loss("cross_entropy", label_smoothing=0.1), "a regression, and label_smoothing is for class"),
+    ],
+)
+def test_losses_that_do_not_go_with_the_task(decision: Any, loss: Loss, message: str) -> None:
+    source = Waves(9)
+    source.task = Task(decision)
+    with pytest.raises(UserError, match=message):
+        own_data({"train": source}, loss, NumpyBackend())
+
+
 def test_sources_for_other_data(own: Tiny, tiny_config: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sources are given, so data.kind must be own, not double-moon"):
         gpu_bp.train(tiny_config(), sources=splits(), backend="numpy")
@@ -160,7 +175,7 @@ def test_sources_for_other_data(own: Tiny, tiny_config: Tiny, tmp_path: Path) ->
     with pytest.raises(UserError, match="sources are given, so data.kind must be own, not double-moon"):
         gpu_bp.evaluate(tmp_path / "moon", sources=splits(), backend="numpy")
     gpu_bp.train(own(), sources=splits(), backend="numpy", run=tmp_path / "own", pictures=False)
-    with pytest.raises(UserError, match="takes 2 inputs and gives 1 outputs; .* have 3 inputs and 1 targets"):
+    with pytest.raises(UserError, match="takes 2 inputs and gives 1 outputs; .* need 3 inputs and 1 outputs"):
         gpu_bp.evaluate(tmp_path / "own", sources={"train": Waves(9, n_inputs=3)}, backend="numpy")
 
 

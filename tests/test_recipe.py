@@ -89,6 +89,7 @@ def test_parts_of_a_step_change_nothing(tiny_config: Tiny, backend: Backend) -> 
         parts = trainer_of(tiny_config, backend, regularisation=regularisation, train={"part_rows": part_rows})
         np.testing.assert_allclose(trained(parts), wanted, rtol=1e-12, atol=1e-14)
         assert (parts.steps, parts.rows) == (whole.steps, whole.rows)
+        assert len(parts._step.objective.signals[0].output) == part_rows
 
 
 def test_network_keys(tiny_config: Tiny, backend: Backend) -> None:
@@ -131,23 +132,24 @@ def test_the_average_is_evaluated_and_saved(tiny_config: Tiny, backend: Backend,
         np.testing.assert_allclose(tensor, tensors[name], rtol=1e-12, atol=1e-15)
 
 
-VALUES = [0.5, 0.4, 0.45, float("nan"), 0.395, 0.3, 0.3, 0.31, 0.295]
+VALUES = [float("nan"), 0.5, 0.4, 0.45, float("nan"), 0.395, 0.3, 0.3, 0.31, 0.295]
 
 
 @pytest.mark.parametrize(
     ("patience", "minimum_improvement", "best", "stops"),
     [
-        (None, 0.0, 9, None),
-        (2, 0.0, 2, 4),  # steps 3 and 4 are no better than 2, a NaN being no better than anything
-        (3, 0.0, 9, None),
-        (3, 0.01, 2, 5),  # 0.395 is not better enough than 0.4
-        (4, 0.01, 6, None),  # nor 0.295 than 0.3
-        (3, 1.0, 1, 4),
+        (None, 0.0, 10, None),
+        (2, 0.0, 3, 5),  # steps 4 and 5 are no better than 3, a NaN being no better than anything
+        (3, 0.0, 10, None),
+        (3, 0.01, 3, 6),  # 0.395 is not better enough than 0.4
+        (4, 0.01, 7, None),  # nor 0.295 than 0.3
+        (3, 1.0, 2, 5),
+        (1, 0.0, None, 1),  # the first is a NaN
     ],
 )
 @pytest.mark.parametrize("metric", ["validation_loss", "validation_accuracy"])
 def test_selection_by_hand(
-    backend: Backend, metric: str, patience: int | None, minimum_improvement: float, best: int, stops: int | None
+    backend: Backend, metric: str, patience: int | None, minimum_improvement: float, best: int | None, stops: int | None
 ) -> None:
     """Of a metric that rises, the negatives."""
     network = gpu_bp.Network([2, 3, 1], ["tanh", "identity"], backend=backend)
@@ -162,12 +164,12 @@ def test_selection_by_hand(
             break
     assert stopped == stops
     network.parameters.fill(0)
-    assert selection.restore() == best
-    assert set(backend.to_host(network.parameters).tolist()) == {best}
+    assert selection.restore() == (best or 0)
+    assert set(backend.to_host(network.parameters).tolist()) == {best or 0}
     assert selection.best == {
         "metric": metric,
-        "value": -VALUES[best - 1] if rises else VALUES[best - 1],
-        "step": best,
+        "value": None if best is None else -VALUES[best - 1] if rises else VALUES[best - 1],
+        "step": best or 0,
     }
 
 

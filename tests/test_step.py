@@ -20,7 +20,9 @@ ROWS = 12
 def network_of(backend: Backend, loss_name: str = "squared_error") -> Network:
     loss = registry.loss(loss_name)
     output = loss.output_activation if isinstance(loss, FusedLoss) else "identity"
-    network = Network([4, 6, 5, 3], ["tanh", "silu", output], normalise=True, backend=backend, dtype="float64")
+    network = Network(
+        [4, 6, 5, loss.n_outputs(3)], ["tanh", "silu", output], normalise=True, backend=backend, dtype="float64"
+    )
     rng = np.random.default_rng(0)
     network.load({name: 0.6 * rng.standard_normal(shape) for name, shape in network.layout.shapes.items()})
     return network

@@ -16,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 import gpu_bp
 from gpu_bp import Model, UserError, parse_config
 from gpu_bp.backends import Backend
+from gpu_bp.model import PLAIN
+from gpu_bp.spec import GroupedLoss
 from gpu_bp.trainer import Trainer
 
 Tiny = Callable[..., dict[str, Any]]
@@ -228,13 +230,16 @@ def test_precision(backend: Backend, tiny_config: Tiny) -> None:
 def test_models_are_read_as_they_were_written(backend: Backend, tiny_config: Tiny, tmp_path: Path, loss: str) -> None:
     activation = {"kind": "leaky_relu", "slope": 0.3}
     config = tiny_config(loss={"kind": loss}, network={"activation": activation, "biases": False})
-    if gpu_bp.registry.loss(loss).targets == "counts":
+    record = gpu_bp.registry.loss(loss)
+    if record.targets == "counts" or isinstance(record, GroupedLoss):
         config["data"] = {"kind": "xor"}  # whose targets are numbers, 0 and 1
     model = train(config, backend=backend, run=tmp_path / "run").model
     again = Model.load(tmp_path / "run/model.safetensors", backend)
     inputs = np.random.default_rng(0).standard_normal((9, 2))
     np.testing.assert_array_equal(again.network.predict(inputs), model.network.predict(inputs))
     assert again.preparation == model.preparation
+    said = record if isinstance(record, GroupedLoss) else PLAIN  # others have one output a target
+    assert (again.loss.name, dict(again.loss.values)) == (said.name, dict(said.values))
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ class Backend(Protocol):
     ) -> None:
         """The loss values and the local gradient of the output layer, together.
 
-        For a fused loss `output` is written too, from `net_input`. `losses` is (rows, n), or (rows, 1) for a
-        loss that reduces rows.
+        For a fused loss `output` is written too, from `net_input`. `losses` is (rows, n_targets), or (rows, 1)
+        for a loss that reduces rows.
         """
 
     def column_sums(self, x: Array, out: Array) -> None:

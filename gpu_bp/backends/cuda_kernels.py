@@ -112,6 +112,54 @@ def fused_loss(name: str, text: str, parameters: tuple[str, ...]) -> Kernel:
     )
 
 
+_OF_TARGET = """
+#define PLACE(k) (first + (k) * n_targets)
+#define Y(k) outputs[PLACE(k)]
+#define E(k) deltas[PLACE(k)]
+"""
+
+
+@functools.cache
+def grouped_loss(
+    name: str,
+    loss_text: str,
+    groups: int,
+    loss_values: tuple[tuple[str, float | tuple[float, ...]], ...],
+    delta_text: str,
+    delta_parameters: tuple[str, ...],
+) -> Kernel:
+    """loss and e = dE/dy of the outputs of one target, then delta = e * phi' of each.
+
+    `i` is the number of the target among all rows; its output k is Y(k). Several numbers by one name stand in the
+    text, static so that no thread keeps them in memory of its own.
+    """
+    arrays = "".join(
+        f"static const T {parameter}[] = {{{', '.join(f'T({value!r})' for value in values)}}}; "
+        for parameter, values in loss_values
+        if isinstance(values, tuple)
+    )
+    scalars = [parameter for parameter, value in loss_values if not isinstance(value, tuple)]
+    return Kernel(
+        "raw T net_inputs, raw T outputs, T d, int64 n_targets"
+        + _arguments(scalars, "loss")
+        + _arguments(delta_parameters, "phi"),
+        "T loss, raw T deltas",
+        f"""
+        const int groups = {groups};
+        const long long first = i / n_targets * groups * n_targets + i % n_targets;
+        {arrays}{_scope(loss_text, scalars, "loss")}
+        for (int k = 0; k < groups; ++k) {{
+            const T v = net_inputs[PLACE(k)], y = Y(k), e = E(k);
+            T delta;
+            {_scope(delta_text, delta_parameters, "phi")}
+            deltas[PLACE(k)] = delta;
+        }}
+        """,
+        f"gpu_bp_{name}",
+        CUDA_FUNCTIONS + _OF_TARGET,
+    )
+
+
 # Elements of a stream: where they begin, and how many.
 _FILL = "uint64 c0, uint64 c1, uint64 c2, uint64 c3, uint64 seed, uint64 purpose, int32 lane, int64 count"
 
@@ -149,8 +197,8 @@ extern "C" __global__ void {name}(const int rows, const int n, {arrays}) {{
 
 
 @functools.cache
-def row_kernel_source(name: str, text: str, dtype: str, target_dtype: str) -> str:
-    """Softmax, or a loss that reduces a row.
+def row_kernel_source(name: str, text: str, dtype: str, target_dtype: str, parameters: tuple[str, ...] = ()) -> str:
+    """Softmax, or a loss that reduces a row; its parameters come last.
 
     A float target is a row of n probabilities, an integer one is the class of the row.
     """
@@ -159,7 +207,8 @@ def row_kernel_source(name: str, text: str, dtype: str, target_dtype: str) -> st
         name,
         text,
         dtype,
-        f"const T* net_inputs, const {target_dtype}* targets, T* outputs, T* losses, T* deltas",
+        f"const T* net_inputs, const {target_dtype}* targets, T* outputs, T* losses, T* deltas"
+        + "".join(f", const T {parameter}" for parameter in parameters),
         "const T* v = net_inputs + first; T* y = outputs + first; T* loss = losses + row; T* delta = deltas + first; "
         f"const {target_dtype}* target = targets + {'row' if indexed else 'first'};",
         f"#define TARGET(j) ({'T(j == *target)' if indexed else 'target[j]'})\n",

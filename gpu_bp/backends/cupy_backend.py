@@ -19,7 +19,7 @@ import numpy as np
 from gpu_bp.backends import cuda_kernels as kernels
 from gpu_bp.formula import Program
 from gpu_bp.registry import Permutations, Purpose
-from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, Loss, Penalty, RowActivation, Update
+from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, GroupedLoss, Loss, Penalty, RowActivation, Update
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # such as: several CuPy packages, or no CUDA toolkit path
@@ -176,7 +176,7 @@ class CupyBackend:
         if isinstance(activation, RowActivation):
             if biases is not None:
                 net_input += biases
-            self._rows(activation.name, activation.value.cuda, net_input, None, output, output, output)
+            self._rows(activation, activation.value.cuda, net_input, None, output, output, output)
             return
         kernel = compiled(
             kernels.activation(activation.name, activation.value.cuda, tuple(activation.values), biases is not None)
@@ -201,13 +201,25 @@ class CupyBackend:
     ) -> None:
         if isinstance(loss, FusedLoss):
             if loss.per_row:
-                self._rows(loss.name, loss.delta.cuda, net_input, target, output, losses, delta)
+                self._rows(loss, loss.delta.cuda, net_input, target, output, losses, delta)
             else:
                 kernel = compiled(kernels.fused_loss(loss.name, loss.delta.cuda, tuple(loss.values)))
                 kernel(net_input, target, *loss.values.values(), output, losses, delta)
             return
-        assert isinstance(loss, FreeLoss)
         assert isinstance(activation, Activation)
+        if isinstance(loss, GroupedLoss):
+            text = kernels.grouped_loss(
+                f"{loss.name}_{activation.name}",
+                loss.error_signals.cuda,
+                loss.groups,
+                tuple(loss.values.items()),
+                activation.delta.cuda,
+                tuple(activation.values),
+            )
+            numbers = (*(x for x in loss.values.values() if not isinstance(x, tuple)), *activation.values.values())
+            compiled(text)(net_input, output, target, target.shape[1], *numbers, losses, delta)
+            return
+        assert isinstance(loss, FreeLoss)
         text = kernels.free_loss(
             f"{loss.name}_{activation.name}",
             loss.error_signal.cuda,
@@ -344,12 +356,20 @@ class CupyBackend:
         self._uploaded.synchronize()
 
     def _rows(
-        self, name: str, text: str, net_input: Array, target: Array | None, output: Array, losses: Array, delta: Array
+        self,
+        record: RowActivation | FusedLoss,
+        text: str,
+        net_input: Array,
+        target: Array | None,
+        output: Array,
+        losses: Array,
+        delta: Array,
     ) -> None:
         target = net_input if target is None else target  # softmax alone reads none
-        name, types = f"gpu_bp_{name}", (_CUDA_NAMES[net_input.dtype], _CUDA_NAMES[target.dtype])
-        source = kernels.row_kernel_source(name, text, *types)
-        self._by_rows(name, source, net_input.shape, net_input, target, output, losses, delta)
+        name, types = f"gpu_bp_{record.name}", (_CUDA_NAMES[net_input.dtype], _CUDA_NAMES[target.dtype])
+        source = kernels.row_kernel_source(name, text, *types, tuple(record.values))
+        parameters = (net_input.dtype.type(value) for value in record.values.values())
+        self._by_rows(name, source, net_input.shape, net_input, target, output, losses, delta, *parameters)
 
     def _by_rows(self, name: str, source: str, shape: tuple[int, ...], *arguments: Any) -> None:
         """Runs a kernel in which one warp handles one row of this shape."""

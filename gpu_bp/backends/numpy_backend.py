@@ -25,7 +25,7 @@ from gpu_bp.registry import (
     normals,
     uniforms,
 )
-from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, Loss, Penalty, RowActivation, Update
+from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, GroupedLoss, Loss, Penalty, RowActivation, Update
 
 # Elements that a formula works on at a time: its few arrays then stay in a core's second-level cache.
 BLOCK = 16384
@@ -109,9 +109,13 @@ class NumpyBackend:
             if isinstance(loss, FusedLoss):
                 loss.delta.numpy(v, d, y, values, e, scratch, **loss.values)
             else:
-                assert isinstance(loss, FreeLoss)
                 assert isinstance(activation, Activation)
-                loss.error_signal.numpy(y, d, values, e, scratch, **loss.values)
+                if isinstance(loss, GroupedLoss):
+                    of_targets = self._scratch_like(d)
+                    loss.error_signals.numpy(loss.grouped(y), d, values, loss.grouped(e), of_targets, **loss.values)
+                else:
+                    assert isinstance(loss, FreeLoss)
+                    loss.error_signal.numpy(y, d, values, e, scratch, **loss.values)
                 x = y if activation.derivative_from == "output" else v
                 activation.delta.numpy(e, x, e, scratch, **activation.values)
 

@@ -25,7 +25,7 @@ from gpu_bp.data.table import Table
 from gpu_bp.data.table_reader import TableReader, open_table
 from gpu_bp.data.task import Task
 from gpu_bp.errors import UserError
-from gpu_bp.spec import Loss
+from gpu_bp.spec import GroupedLoss, Loss
 
 SPLITS = ("train", "validation", "test")
 
@@ -131,6 +131,10 @@ def own_data(sources: Mapping[str, Source], loss: Loss, backend: Backend) -> Dat
             raise UserError(f"the {name} source has {_of(source)}, and the train source {_of(train)}")
     if train.indexed and loss.targets != "classes":
         raise UserError(f"the sources' targets are class indices, which loss {loss.name} does not take")
+    if isinstance(loss, GroupedLoss) and train.task.kind == "classification":
+        raise UserError(f"the sources' task is a classification, and loss {loss.name} is for regressions")
+    if loss.values.get("label_smoothing") and train.task.kind == "regression":
+        raise UserError("the sources' task is a regression, and label_smoothing is for classifications; leave it out")
     preparation = Preparation(train.task, None, (0.0,) * train.n_inputs, (1.0,) * train.n_inputs)
     return _with_weight(Dataset(sources, preparation))
 

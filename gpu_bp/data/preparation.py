@@ -16,7 +16,7 @@ from gpu_bp.data.source import Reader
 from gpu_bp.data.table_reader import TableReader, open_table
 from gpu_bp.data.task import Task
 from gpu_bp.errors import UserError
-from gpu_bp.spec import Loss
+from gpu_bp.spec import GroupedLoss, Loss
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,28 @@ class Preparation:
         return self.inputs(raw)
 
     def raw_outputs(self, outputs: np.ndarray) -> np.ndarray:
-        """Outputs of a regression in raw units, float64 (rows, n)."""
+        """Outputs of a regression, one a target, in raw units: float64 (rows, n)."""
         outputs = outputs.astype(np.float64)
-        if self.columns is not None:
-            k = 0
-            for column in self.columns.targets:
-                if isinstance(column, Numeric):
-                    outputs[:, k] = column.decode(outputs[:, k])
-                k += len(column.names())
+        for k, column in self._numeric_targets():
+            outputs[:, k] = column.decode(outputs[:, k])
         if self.target_shift:
             outputs = outputs * np.array(self.target_scale) + np.array(self.target_shift)
         return outputs
+
+    def raw_variances(self, variances: np.ndarray) -> np.ndarray:
+        """Likewise what a regression says of the variance of each target."""
+        variances = variances.astype(np.float64)
+        for k, column in self._numeric_targets():
+            variances[:, k] *= column.sd**2
+        return variances * np.array(self.target_scale) ** 2 if self.target_shift else variances
+
+    def _numeric_targets(self) -> Iterator[tuple[int, Numeric]]:
+        """The target columns that are numbers, and the number of the output of each."""
+        k = 0
+        for column in self.columns.targets if self.columns else ():
+            if isinstance(column, Numeric):
+                yield k, column
+            k += len(column.names())
 
     def output_names(self, n_outputs: int) -> list[str]:
         """A name for each output: the target columns, the classes, or y1, y2, ..."""
@@ -216,8 +227,9 @@ def code_labels(classes: tuple[str, ...], loss: Loss) -> Coding:
         if not two:
             raise UserError(f"{loss.name} takes two classes, the data have {len(classes)}; use loss cross_entropy")
         return Coding(Task("half", classes), 1, labels=True)
-    if loss.targets == "counts":
-        raise UserError(f"{loss.name} takes counts, the targets are {len(classes)} classes; use loss cross_entropy")
+    if loss.targets == "counts" or isinstance(loss, GroupedLoss):
+        what = "counts" if loss.targets == "counts" else "numbers"
+        raise UserError(f"{loss.name} takes {what}, the targets are {len(classes)} classes; use loss cross_entropy")
     if two:
         return Coding(Task("sign", classes), 1, labels=True, signs=True)
     return Coding(Task("argmax", classes), len(classes), labels=True, signs=loss.targets == "signs")
@@ -225,10 +237,10 @@ def code_labels(classes: tuple[str, ...], loss: Loss) -> Coding:
 
 def code_targets(n_targets: int, binary: bool, loss: Loss) -> Coding:
     """The coding of targets that are numbers, which keeps them; `binary`: they are 0 and 1."""
+    if loss.targets == "counts" or isinstance(loss, GroupedLoss):
+        return Coding(Task("none"), n_targets)
     if loss.targets == "real":
         return Coding(Task("half" if binary else "none"), n_targets)
-    if loss.targets == "counts":
-        return Coding(Task("none"), n_targets)
     if loss.targets == "signs":
         return Coding(Task("sign" if n_targets == 1 else "argmax"), n_targets)
     return Coding(Task("half" if loss.targets == "unit" else "argmax"), n_targets)

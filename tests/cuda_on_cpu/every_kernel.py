@@ -16,10 +16,10 @@ from gpu_bp.data.preparation import Preparation, code_labels, code_targets
 from gpu_bp.data.sources import GeneratedSource, empty
 from gpu_bp.data.synthetic import Set
 from gpu_bp.registry import Permutations, Purpose
-from gpu_bp.spec import Activation, FreeLoss, FusedLoss
+from gpu_bp.spec import Activation, FusedLoss
 
 # Kinds, so that tests can be spread over processes.
-RECORDS = ("activations", "free losses", "others", "random numbers")
+RECORDS = ("activations", "losses of any activation", "others", "random numbers")
 KINDS = (*RECORDS, *VARIANTS)
 
 
@@ -36,10 +36,14 @@ def every_kernel(kind: str, dtype: str) -> list[Kernel]:
             b.activate(phi, v, None, y)
             b.activate(phi, v, biases, y)
             b.hidden_delta(phi, delta, v, y, delta)
-    elif kind == "free losses":
-        for loss in registry.LOSSES.values():
-            for phi in activations if isinstance(loss, FreeLoss) else []:
-                b.output_delta(loss, phi, v, probabilities, y, losses, delta)
+    elif kind == "losses of any activation":
+        many = registry.loss("quantile", levels=[0.01 * k for k in range(1, 100)])
+        for loss in (*registry.LOSSES.values(), many):
+            taken = [] if isinstance(loss, FusedLoss) else activations[:1] if loss is many else activations
+            n = loss.n_outputs(3)
+            outputs = [b.zeros((2, n), dtype) for _ in range(3)]
+            for phi in taken:
+                b.output_delta(loss, phi, outputs[0], probabilities, outputs[1], losses, outputs[2])
     elif kind == "others":
         module.why_unusable()
         for row in registry.ACTIVATIONS.values():

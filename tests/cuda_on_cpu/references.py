@@ -141,6 +141,31 @@ LOSSES: dict[str, Callable[..., tuple[Number, Number]]] = {
 }
 
 
+Grouped = tuple[list[Number], list[Number], list[Number], list[Number]]
+
+
+def _quantile(y: list[Number], d: Number, levels: list[Number]) -> Grouped:
+    value = sum(max((1 - q) * (a - d), q * (d - a)) for a, q in zip(y, levels, strict=True))
+    e = [1 - q if a > d else -q if a < d else mpmath.mpf(0) for a, q in zip(y, levels, strict=True)]
+    return [value], [sum(abs(a - d) for a in y)], e, [mpmath.mpf(1)] * len(y)  # 1 - q is of a q that was rounded
+
+
+def _gaussian_nll(y: list[Number], d: Number, eps: Number) -> Grouped:
+    (mean, raw), far = y, 1 + abs(y[1])  # as raw is rounded before exp is taken of it
+    variance = mpmath.log1p(mpmath.exp(raw)) + eps
+    square, slope = (mean - d) ** 2 / variance, _logistic(raw) / variance / 2
+    e = [(mean - d) / variance, slope * (1 - square)]
+    size = 1 + abs(mpmath.log(variance)) + square
+    return [(mpmath.log(variance) + square) / 2], [size * far], e, [abs(e[0]) * far, slope * (1 + square) * far]
+
+
+# The value of a loss of several outputs a target, in these and d, and dE/dy; behind each what its rounding scales with.
+GROUPED_LOSSES: dict[str, Callable[..., Grouped]] = {
+    "quantile": _quantile,
+    "gaussian_nll": _gaussian_nll,
+}
+
+
 def evaluate(function: Callable[[Number], Number], xs: Iterable[float]) -> tuple[np.ndarray, np.ndarray]:
     """f(x) and its condition |f(x)| + |x f'(x)|, as long doubles; NaN for an x that is not finite."""
     step = mpmath.mpf(2) ** -60

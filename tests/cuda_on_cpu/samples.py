@@ -34,11 +34,19 @@ def like(array: np.ndarray, seed: int, scale: float = 1.0) -> np.ndarray:
     return values
 
 
-def other_values(record: Record) -> dict[str, float]:
+# Where a quarter more than the default is no other value.
+OTHERS: dict[str, Any] = {"label_smoothing": 0.15, "levels": (0.05, 0.3, 0.5, 0.975)}
+
+
+def other_values(record: Record) -> dict[str, Any]:
     """Parameter values that are not the defaults."""
-    return {name: parameter.default * 1.25 for name, parameter in record.parameters.items()}
+    return {name: OTHERS.get(name) or parameter.default * 1.25 for name, parameter in record.parameters.items()}
 
 
-def rounded(record: Record, dtype: Any) -> dict[str, float]:
+def rounded(record: Record, dtype: Any) -> dict[str, Any]:
     """The parameter values as the kernel gets them."""
-    return {name: float(np.dtype(dtype).type(value)) for name, value in record.values.items()}
+    kind = np.dtype(dtype).type
+    return {
+        name: tuple(float(kind(x)) for x in value) if isinstance(value, tuple) else float(kind(value))
+        for name, value in record.values.items()
+    }

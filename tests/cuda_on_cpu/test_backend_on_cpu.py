@@ -91,7 +91,7 @@ def make_step(b: Backend, loss_name: str, update: str, *, rate: Any = None, dtyp
     """A step of a network 3-4-2 whose parameters and loss are the same on every backend."""
     loss = registry.loss(loss_name)
     last = loss.output_activation if isinstance(loss, FusedLoss) else "identity"
-    network = Network([3, 4, 2], ["silu", last], backend=b, dtype=dtype)
+    network = Network([3, 4, loss.n_outputs(2)], ["silu", last], backend=b, dtype=dtype)
     rng = np.random.default_rng(1)
     network.load({name: 0.5 * rng.standard_normal(shape) for name, shape in network.layout.shapes.items()})
     optimizer = Optimizer(registry.update(update), network, rate or constant(0.1))

@@ -20,15 +20,17 @@ from cuda_on_cpu.fake_cupy import FakeCupy
 from cuda_on_cpu.references import assert_near, assert_same_kind, evaluate
 from gpu_bp import registry
 from gpu_bp.backends import NumpyBackend
-from gpu_bp.spec import Activation, FreeLoss, FusedLoss, Loss, Record, RowActivation, Twin
+from gpu_bp.spec import Activation, FreeLoss, FusedLoss, GroupedLoss, Record, RowActivation, Twin
 
 pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
 ACTIVATIONS = {r.name: r for r in registry.ACTIVATIONS.values() if isinstance(r, Activation)}
 FREE_LOSSES = {r.name: r for r in registry.LOSSES.values() if isinstance(r, FreeLoss)}
+GROUPED_LOSSES = {r.name: r for r in registry.LOSSES.values() if isinstance(r, GroupedLoss)}
 # One of each sort: derivative from y or v, with and without parameters.
 COMPOSED = ("identity", "tanh", "elu", "leaky_relu", "silu")
 
+Long = np.longdouble
 dtypes = pytest.mark.parametrize("dtype", samples.DTYPES)
 orders = pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 
@@ -67,6 +69,7 @@ def test_every_record_has_both_formulas_and_a_reference() -> None:
     for table in (references.VALUES, references.DERIVATIVES, references.VALUE_LIMITS):
         assert set(table) == set(ACTIVATIONS)
     assert set(references.LOSSES) == set(FREE_LOSSES)
+    assert set(references.GROUPED_LOSSES) == set(GROUPED_LOSSES)
     from_net_input = {name for name, r in ACTIVATIONS.items() if r.derivative_from == "net_input"}
     assert set(references.DERIVATIVE_LIMITS) == from_net_input
     fused = {r.name for r in registry.LOSSES.values() if isinstance(r, FusedLoss)}
@@ -177,7 +180,7 @@ def test_reference_derivative_is_the_derivative(name: str) -> None:
 
 def output_delta(b: Any, loss: Any, phi: Any, v: np.ndarray, y: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, ...]:
     """losses, delta and output as a backend leaves them; the net input and the target must not change."""
-    losses, delta = (b.to_device(np.full_like(v, np.nan)) for _ in range(2))
+    losses, delta = (b.to_device(np.full_like(a, np.nan)) for a in (d, v))
     net_input, target, output = b.to_device(v), b.to_device(d), b.to_device(y)
     b.output_delta(loss, phi, net_input, target, output, losses, delta)
     np.testing.assert_array_equal(b.to_host(net_input), v)
@@ -217,13 +220,52 @@ def test_free_loss(name: str, activation: str, dtype: str) -> None:
 
 
 @dtypes
+@pytest.mark.parametrize("activation", COMPOSED)
+@pytest.mark.parametrize("name", GROUPED_LOSSES)
+def test_grouped_loss(name: str, activation: str, dtype: str) -> None:
+    """The loss of each target and e * phi' of its outputs; reference where nothing underflows, the twin everywhere."""
+    phi = ACTIVATIONS[activation]
+    for loss in variants(GROUPED_LOSSES[name]):
+        k, parameters = loss.groups, samples.rounded(loss, dtype)
+        v = np.random.default_rng(8).permuted(samples.numbers(dtype).reshape(-1))
+        v = v[: len(v) // (3 * k) * 3 * k].reshape(-1, k, 3)
+        y = activate(NumpyBackend(), phi, v, None)[1]
+        d = samples.like(v[:, 0], 4)
+        d[::7] = y[::7, 0]  # some exact hits
+        flat = (v.reshape(len(v), -1), y.reshape(len(v), -1), d)
+        got, twin = (output_delta(b, loss, phi, *flat) for b in (backend(), NumpyBackend()))
+        for kernel, numpy in zip(got, twin, strict=True):
+            assert_same_kind(kernel, numpy)
+        compared = ((np.abs(v) < 80) & (np.abs(y) < 80)).all(axis=1)  # rows and targets
+        outputs, targets = y.swapaxes(1, 2)[compared], d[compared]
+        exact = {key: [*map(mpmath.mpf, p)] if isinstance(p, tuple) else mpmath.mpf(p) for key, p in parameters.items()}
+        reference = partial(references.GROUPED_LOSSES[name], **exact)
+        results = [
+            reference([mpmath.mpf(float(a)) for a in one], mpmath.mpf(float(t)))
+            for one, t in zip(outputs, targets, strict=True)
+        ]
+        value, size, e, e_size = (
+            np.array([references.long_double(x) for part in parts for x in part])
+            for parts in zip(*results, strict=True)
+        )
+        slopes = {key: mpmath.mpf(p) for key, p in samples.rounded(phi, dtype).items()}
+        x = (y if phi.derivative_from == "output" else v).swapaxes(1, 2)[compared].reshape(-1)
+        derivative, condition = references.derivative_and_condition(activation, x, **slopes)
+        for losses, delta, _ in (got, twin):
+            deltas = delta.reshape(v.shape).swapaxes(1, 2)[compared].reshape(-1)
+            assert_near(losses[compared], value, size)
+            assert_near(deltas, e * derivative, e_size * condition)
+
+
+@dtypes
 def test_binary_cross_entropy(dtype: str) -> None:
     """d softplus(-v) + (1 - d) softplus(v), and logistic(v) - d. At an infinite v, twin and kernel agree."""
-    check_binary_cross_entropy(registry.loss("binary_cross_entropy"), dtype)
+    for loss in variants(registry.loss("binary_cross_entropy")):
+        check_binary_cross_entropy(loss, dtype)
 
 
-def check_binary_cross_entropy(loss: Loss, dtype: str) -> None:
-    phi = registry.activation("logistic")
+def check_binary_cross_entropy(loss: Any, dtype: str) -> None:
+    phi, smoothing = registry.activation("logistic"), Long(samples.rounded(loss, dtype)["label_smoothing"])
     v = samples.numbers(dtype)
     d = np.random.default_rng(5).random(v.shape).astype(dtype)
     d.reshape(-1)[::3] = 0
@@ -233,7 +275,7 @@ def check_binary_cross_entropy(loss: Loss, dtype: str) -> None:
     softplus, _ = evaluate(references.VALUES["softplus"], v.reshape(-1))
     negative, _ = evaluate(references.VALUES["softplus"], -v.reshape(-1))
     y, condition = evaluate(references.VALUES["logistic"], v.reshape(-1))
-    finite, flat = np.isfinite(v).reshape(-1), d.reshape(-1).astype(np.longdouble)
+    finite, flat = np.isfinite(v).reshape(-1), d.reshape(-1).astype(Long) * (1 - smoothing) + smoothing / 2
     value = flat * negative + (1 - flat) * softplus
     for result in (got, twin):
         losses, delta, output = (a.reshape(-1)[finite] for a in result)

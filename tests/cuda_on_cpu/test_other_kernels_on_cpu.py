@@ -16,7 +16,7 @@ from cuda_on_cpu.test_kernels_on_cpu import ACTIVATIONS, FREE_LOSSES, backend, d
 from gpu_bp import registry
 from gpu_bp.backends import NumpyBackend
 from gpu_bp.backends import cuda_kernels as texts
-from gpu_bp.spec import FusedLoss, Update
+from gpu_bp.spec import FreeLoss, FusedLoss, Update
 
 pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
@@ -26,10 +26,10 @@ Long = np.longdouble
 # Rows ------------------------------------------------------------------------------------------------------
 
 
-def row_results(b: Any, v: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, ...]:
+def row_results(b: Any, v: np.ndarray, target: np.ndarray, label_smoothing: float = 0.0) -> tuple[np.ndarray, ...]:
     """losses, delta and y of cross_entropy."""
     losses, delta, y = (b.to_device(np.full(s, np.nan, v.dtype)) for s in ((len(v), 1), v.shape, v.shape))
-    loss, phi = registry.loss("cross_entropy"), registry.activation("softmax")
+    loss, phi = registry.loss("cross_entropy", label_smoothing=label_smoothing), registry.activation("softmax")
     b.output_delta(loss, phi, b.to_device(v), b.to_device(target), y, losses, delta)
     return b.to_host(losses), b.to_host(delta), b.to_host(y)
 
@@ -51,8 +51,9 @@ def logits(rows: int, n: int, dtype: str) -> np.ndarray:
 
 
 @dtypes
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.25])
 @pytest.mark.parametrize("n", range(1, 71))
-def test_softmax_and_cross_entropy(n: int, dtype: str) -> None:
+def test_softmax_and_cross_entropy(n: int, label_smoothing: float, dtype: str) -> None:
     """Every width from one column to more than two warps; five rows, so that the second block is not full."""
     v = logits(5, n, dtype)
     y, log_y = softmax_reference(v)
@@ -66,7 +67,8 @@ def test_softmax_and_cross_entropy(n: int, dtype: str) -> None:
         b.activate(registry.activation("softmax"), b.to_device(v), None, output)
         assert_near(b.to_host(output), y, y * spread)
         for target, d in ((classes, np.eye(n)[classes]), (probabilities, probabilities.astype(Long))):
-            losses, delta, output = row_results(b, v, target)
+            d = d * (1 - label_smoothing) + label_smoothing / Long(n)
+            losses, delta, output = row_results(b, v, target, label_smoothing)
             assert_near(output, y, y * spread)
             assert_near(delta, y - d, y * spread + d)
             size = (d * (np.abs(log_y) + spread)).sum(axis=1, keepdims=True) * (1 + np.log2(n))
@@ -223,8 +225,8 @@ def element_kernels(module: Any) -> dict[str, tuple[Any, tuple[float, ...]]]:
             if not loss.per_row:
                 fused = texts.fused_loss(loss.name, loss.delta.cuda, tuple(loss.values))
                 kernels[loss.name] = module.compiled(fused), values
-        else:
-            gradient = FREE_LOSSES[loss.name].error_signal.cuda
+        elif isinstance(loss, FreeLoss):
+            gradient = loss.error_signal.cuda
             text = ACTIVATIONS["tanh"].delta.cuda
             free = texts.free_loss(f"{loss.name}_tanh", gradient, tuple(loss.values), text, ())
             kernels[loss.name] = module.compiled(free), values

@@ -83,7 +83,7 @@ def test_an_output_left_unwritten() -> None:
     """The outputs of a kernel hold NaN before it runs, whatever stood there."""
     loss = registry.loss("binary_cross_entropy")
     assert isinstance(loss, FusedLoss)
-    text = loss.delta.cuda.replace("delta = y - d;", "")
+    text = loss.delta.cuda.replace("delta = y - t;", "")
     with pytest.raises(AssertionError, match="wrong"):
         check_binary_cross_entropy(replace(loss, delta=Twin(text, loss.delta.numpy)), "float64")
     cupy = FakeCupy()
