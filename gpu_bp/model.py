@@ -102,10 +102,10 @@ class Model:
         outputs = self.network.predict(inputs)
         task = self.preparation.task
         names = self.preparation.output_names(outputs.shape[1] // self.loss.groups)
-        if isinstance(self.loss, GroupedLoss):
-            return self._labelled(self.loss, names, outputs)
         if task.kind == "regression":
-            return names, list(self.preparation.raw_outputs(outputs).T)
+            said = self.raw_predictions(outputs)
+            columns = [column for values in said.values() for column in values.T]
+            return [f"{name}_{label}" if label else name for label in said for name in names], columns
         values = list(outputs.astype(np.float64).T)
         decided = task.decide(outputs)
         if decided.ndim == 1:
@@ -115,18 +115,19 @@ class Model:
             return ["class", *names], [_named(decided[:, 0], task.classes), *values]
         return [*(f"class_{name}" for name in names), *names], [*decided.T, *values]
 
-    def _labelled(
-        self, loss: GroupedLoss, targets: list[str], outputs: np.ndarray
-    ) -> tuple[list[str], list[np.ndarray]]:
-        predicted = loss.predictions(loss.grouped(outputs), **loss.values)
-        names: list[str] = []
-        columns: list[np.ndarray] = []
-        for k, label in enumerate(loss.labels):
-            variances = label == "variance"
-            raw = self.preparation.raw_variances if variances else self.preparation.raw_outputs
-            names += [f"{target}_{label}" if label else target for target in targets]
-            columns += list(raw(predicted[:, k]).T)
-        return names, columns
+    def raw_predictions(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
+        """What outputs of a regression say of the targets, in raw units: (rows, n_targets) each, by label.
+
+        The label is "" for the target itself; of a loss of several outputs a target, "variance", "q05", ...
+        """
+        if not isinstance(self.loss, GroupedLoss):
+            return {"": self.preparation.raw_outputs(outputs)}
+        predicted = self.loss.predictions(self.loss.grouped(outputs), **self.loss.values)
+        raw = {"variance": self.preparation.raw_variances}
+        return {
+            label: raw.get(label, self.preparation.raw_outputs)(predicted[:, k])
+            for k, label in enumerate(self.loss.labels)
+        }
 
 
 def _named_record(record: Record) -> dict[str, Any]:

@@ -29,6 +29,8 @@ def draw(folder: RunFolder, model: Model, dataset: Dataset) -> list[Path]:
     if dataset.n_inputs == 2:
         pictures.append(_boundary(folder, model, dataset))
     if dataset.task.kind == "regression":
+        if dataset.n_inputs == 1:
+            pictures.append(_fit(folder, model, dataset))
         pictures.append(_predictions(folder, model, dataset))
     return pictures
 
@@ -97,12 +99,13 @@ def _boundary(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
     name = "test" if "test" in dataset.sources else "train"
     split = dataset.rows(name, 0, POINTS)
     preparation, targets = dataset.preparation, split.targets
-    points = preparation.raw_inputs(split.inputs)
-    low, high = points.min(axis=0), points.max(axis=0)
+    low, high = split.inputs.min(axis=0), split.inputs.max(axis=0)
     margin = np.where(high > low, 0.1 * (high - low), 1.0)
     x, y = (np.linspace(a, b, 300) for a, b in zip(low - margin, high + margin, strict=True))
     grid = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
-    outputs = model.loss.point_prediction(model.network.predict(preparation.inputs(grid)))
+    outputs = model.loss.point_prediction(model.network.predict(grid))
+    points = preparation.raw_inputs(split.inputs)
+    x, y = preparation.raw_inputs(np.stack([x, y], axis=1)).T
     figure, (axis,) = _figure(6.5, 5.5)
     task = dataset.task
     if task.decision == "argmax":
@@ -146,19 +149,65 @@ def _boundary(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
     return _save(figure, folder.path / "boundary.png")
 
 
+def _fit(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
+    """The prediction of the first target over the only input, with the rows."""
+    name = "test" if "test" in dataset.sources else "train"
+    split, preparation = dataset.rows(name, 0, POINTS), dataset.preparation
+    order = split.inputs[:, 0].argsort()
+    inputs, targets = split.inputs[order], split.targets[order]
+    x = preparation.raw_inputs(inputs)[:, 0]
+    outputs = model.network.predict(inputs)
+    figure, (axis,) = _figure(7, 4.5)
+    axis.scatter(x, preparation.raw_outputs(targets)[:, 0], s=6, color="tab:gray", alpha=0.5, edgecolors="none")
+    _draw_band(axis, x, model, outputs)
+    axis.plot(x, _predicted(model, outputs), color="tab:blue", linewidth=1.5, label=_called(model))
+    axis.set_title(f"{name} rows")
+    axis.set_xlabel(preparation.input_names()[0])
+    axis.set_ylabel(preparation.output_names(targets.shape[1])[0])
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper right")
+    return _save(figure, folder.path / "fit.png")
+
+
+def _predicted(model: Model, outputs: np.ndarray) -> np.ndarray:
+    """The best single guess at the first target, in raw units."""
+    return model.preparation.raw_outputs(model.loss.point_prediction(outputs))[:, 0]
+
+
+def _called(model: Model) -> str:
+    """What that is, for a legend."""
+    return f"predicted ({model.loss.best_label})" if model.loss.best_label else "predicted"
+
+
+def _draw_band(axis: Axes, x: np.ndarray, model: Model, outputs: np.ndarray) -> None:
+    """Where the first target is to lie, if the outputs say so."""
+    said = {label: values[:, 0] for label, values in model.raw_predictions(outputs).items()}
+    if "variance" in said:
+        reach = 2 * np.sqrt(said["variance"])
+        low, high, label = said[""] - reach, said[""] + reach, "± 2 standard deviations"
+    elif model.loss.gives_interval:
+        first, *_, last = said
+        low, high, label = said[first], said[last], f"{first} to {last}"
+    else:
+        return
+    axis.fill_between(x, low, high, color="tab:blue", alpha=0.2, linewidth=0, label=label)
+
+
 def _predictions(folder: RunFolder, model: Model, dataset: Dataset) -> Path:
     """Targets and predictions in raw units: the last rows in their order, and all against each other."""
     name = next(name for name in ("test", "validation", "train") if name in dataset.sources)
     n_rows, preparation = dataset.sources[name].n_rows, dataset.preparation
     split = dataset.rows(name, max(0, n_rows - POINTS))
     inputs, targets = split.inputs, split.targets
-    predicted = preparation.raw_outputs(model.loss.point_prediction(model.network.predict(inputs)))[:, 0]
+    outputs = model.network.predict(inputs)
+    predicted = _predicted(model, outputs)
     wanted = preparation.raw_outputs(targets)[:, 0]
     label = preparation.output_names(targets.shape[1])[0]
     figure, (series, cross) = _figure(13, 4.5, columns=2, width_ratios=[2.2, 1])
     last = min(SERIES, len(wanted))
     marker = "o" if last < 3 else ""
-    for values, what, colour in ((wanted, "target", "tab:gray"), (predicted, "predicted", "tab:blue")):
+    _draw_band(series, np.arange(last), model, outputs[-last:])
+    for values, what, colour in ((wanted, "target", "tab:gray"), (predicted, _called(model), "tab:blue")):
         series.plot(np.arange(last), values[-last:], label=what, color=colour, linewidth=1.2, marker=marker)
     series.set_xlabel(f"the {'last ' if last < n_rows else ''}{last} {name} rows")
     series.set_ylabel(label)

@@ -250,6 +250,11 @@ class Loss(Record):
         """Whether a target's first and last output are the ends of an interval that it is to lie in."""
         return False
 
+    @property
+    def best_label(self) -> str:
+        """The label of the output that is the best single guess at a target."""
+        return ""
+
     def point_prediction(self, outputs: Array) -> Array:
         """Of outputs (rows, n_outputs) those that are the best single guess at each target: (rows, n_targets)."""
         return outputs
@@ -316,6 +321,10 @@ class GroupedLoss(Loss):
     @property
     def gives_interval(self) -> bool:
         return self.interval and self.groups > 1
+
+    @property
+    def best_label(self) -> str:
+        return self.labels[self.best(**self.values)]
 
     def grouped(self, outputs: Array) -> Array:
         """Outputs (rows, n_outputs) as (rows, groups, n_targets)."""

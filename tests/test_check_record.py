@@ -419,7 +419,9 @@ def test_a_compiler_that_does_not_work(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_other_kinds() -> None:
     penalty = next(iter(registry.PENALTIES.values()))
-    with pytest.raises(UserError, match="is a Penalty; known: Activation, RowActivation, FreeLoss, FusedLoss, GroupedLoss, Update"):
+    with pytest.raises(
+        UserError, match="is a Penalty; known: Activation, RowActivation, FreeLoss, FusedLoss, GroupedLoss, Update"
+    ):
         check_record(penalty)
     not_a_record: Any = "relu"
     with pytest.raises(UserError, match="relu is a str; known: Activation"):

@@ -142,6 +142,7 @@ def predicted_from(cli: Cli, *loss: str) -> tuple[dict[str, np.ndarray], dict[st
     """The columns that a run with that loss predicts for last.csv, and its metrics of these rows."""
     assert cli("train", "houses.toml", *loss, "--run", "run", "--quiet")[0] == 0
     picture(Path("run/predictions.png"))
+    picture(Path("run/fit.png"))
     rows = [*csv.DictReader(io.StringIO(cli("predict", "run", "last.csv")[1]))]
     test = json.loads(Path("run/summary.json").read_text())["test"]
     assert json.loads(cli("evaluate", "run", "--json")[1])["test"] == test

@@ -208,6 +208,7 @@ def test_table(tiny_config: Tiny, tmp_path: Path) -> None:
     np.testing.assert_allclose(train.targets[:, 0], sizes)
     np.testing.assert_allclose(test.inputs[0, 3], (6 - 2.5) / sd)
     np.testing.assert_allclose(dataset.preparation.raw_outputs(test.targets), [[600]])
+    np.testing.assert_allclose(dataset.preparation.raw_inputs(train.inputs)[1:3], [[1, 0, 0, 2, 10], [0, 0, 1, 3, 10]])
     assert Preparation.from_json(dataset.preparation.to_json()) == dataset.preparation
 
 

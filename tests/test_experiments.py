@@ -85,6 +85,14 @@ def test_rare_class(backend: Backend, tmp_path: Path) -> None:
         assert all(low <= recall <= high for recall in recalls)
 
 
+def test_quantiles(backend: Backend, tmp_path: Path) -> None:
+    """Between the 5 % and the 95 % quantile lie 90 % of the test rows, to 2 %."""
+    summaries = runs(backend, tmp_path, "quantiles", 5)
+    coverages = [summary["test"]["coverage"] for summary in summaries]
+    print(f"\nquantiles: coverage {[round(coverage, 4) for coverage in coverages]}")
+    assert all(0.88 <= coverage <= 0.92 for coverage in coverages)
+
+
 def test_bike_sharing(backend: Backend, tmp_path: Path) -> None:
     """mse in standardised units: training below 0.09 and validation below 0.19 for 7 of 8 seeds."""
     summaries = runs(backend, tmp_path, "bike-sharing", 8, f"data.path={bike_sharing()}")

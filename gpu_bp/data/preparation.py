@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gpu_bp.data.arrays import read_inputs
-from gpu_bp.data.columns import Columns, Numeric
+from gpu_bp.data.columns import Column, Columns, Numeric
 from gpu_bp.data.source import Reader
 from gpu_bp.data.table_reader import TableReader, open_table
 from gpu_bp.data.task import Task
@@ -51,8 +51,13 @@ class Preparation:
         return np.asarray(scaled(raw, np.array(self.target_shift), np.array(self.target_scale)))
 
     def raw_inputs(self, inputs: np.ndarray) -> np.ndarray:
-        """The inverse of `inputs`."""
-        return inputs * np.array(self.scale) + np.array(self.shift) if self.scales else inputs
+        """Inputs as the network sees them, in raw units: the inverse of `inputs`, and of a table's columns."""
+        if self.columns is None:
+            return inputs * np.array(self.scale) + np.array(self.shift) if self.scales else inputs
+        inputs = inputs.astype(np.float64)
+        for k, column in _numeric(self.columns.inputs):
+            inputs[:, k] = column.decode(inputs[:, k])
+        return inputs
 
     def input_names(self) -> list[str]:
         """A name for each input of an array; for those of a table, its columns, with the category."""
@@ -89,7 +94,7 @@ class Preparation:
     def raw_outputs(self, outputs: np.ndarray) -> np.ndarray:
         """Outputs of a regression, one a target, in raw units: float64 (rows, n)."""
         outputs = outputs.astype(np.float64)
-        for k, column in self._numeric_targets():
+        for k, column in _numeric(self.columns.targets if self.columns else ()):
             outputs[:, k] = column.decode(outputs[:, k])
         if self.target_shift:
             outputs = outputs * np.array(self.target_scale) + np.array(self.target_shift)
@@ -98,17 +103,9 @@ class Preparation:
     def raw_variances(self, variances: np.ndarray) -> np.ndarray:
         """Likewise what a regression says of the variance of each target."""
         variances = variances.astype(np.float64)
-        for k, column in self._numeric_targets():
+        for k, column in _numeric(self.columns.targets if self.columns else ()):
             variances[:, k] *= column.sd**2
         return variances * np.array(self.target_scale) ** 2 if self.target_shift else variances
-
-    def _numeric_targets(self) -> Iterator[tuple[int, Numeric]]:
-        """The target columns that are numbers, and the number of the output of each."""
-        k = 0
-        for column in self.columns.targets if self.columns else ():
-            if isinstance(column, Numeric):
-                yield k, column
-            k += len(column.names())
 
     def output_names(self, n_outputs: int) -> list[str]:
         """A name for each output: the target columns, the classes, or y1, y2, ..."""
@@ -141,6 +138,15 @@ class Preparation:
         task = Task(data["decision"], tuple(data["classes"]))
         targets = (tuple(data.get(name, ())) for name in ("target_shift", "target_scale"))  # older files have none
         return cls(task, columns, tuple(data["shift"]), tuple(data["scale"]), *targets)
+
+
+def _numeric(columns: Sequence[Column]) -> Iterator[tuple[int, Numeric]]:
+    """The columns that are numbers, and the place of each among the inputs or outputs."""
+    k = 0
+    for column in columns:
+        if isinstance(column, Numeric):
+            yield k, column
+        k += len(column.names())
 
 
 def scaled(x: Any, shift: Any, scale: Any) -> Any:
