@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpu_bp.backends import cuda_kernels as kernels
-from gpu_bp.backends import select
+from gpu_bp.backends import cuda_rows, select
 from gpu_bp.errors import UserError
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -195,7 +195,7 @@ class OnHost:
     def rows(self, name: str, source: str, *arguments: Any) -> None:
         first: np.ndarray = arguments[0]
         arrays = [x if isinstance(x, np.ndarray) else np.asarray(x, first.dtype) for x in arguments]
-        launch = _LAUNCH.format(name=name, row_warps=kernels.ROW_WARPS)
+        launch = _LAUNCH.format(name=name, row_warps=cuda_rows.ROW_WARPS)
         library = _library(self._compiler, _HEADER + _WARP + source + launch)
         rows, n = first.shape
         if library.gpu_bp_run(ctypes.c_int(rows), ctypes.c_int(n), _addresses(arrays)):
@@ -221,7 +221,7 @@ class OnDevice:
         first: np.ndarray = arguments[0]
         rows, n = first.shape
         given = [x if isinstance(x, np.ndarray) else first.dtype.type(x) for x in arguments]
-        blocks, threads = -(-rows // kernels.ROW_WARPS), 32 * kernels.ROW_WARPS
+        blocks, threads = -(-rows // cuda_rows.ROW_WARPS), 32 * cuda_rows.ROW_WARPS
         kernel = self._module.raw_kernel(name, source)
         self._run(given, lambda *on_device: kernel((blocks,), (threads,), (np.int32(rows), np.int32(n), *on_device)))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_bp import evaluation
 from gpu_bp.backends import Backend, select
 from gpu_bp.config import Config
 from gpu_bp.config_file import load_config, parse_config
@@ -20,7 +21,7 @@ from gpu_bp.errors import UserError
 from gpu_bp.model import Model
 from gpu_bp.own import Piece
 from gpu_bp.run_folder import RunFolder
-from gpu_bp.trainer import Trainer, evaluators
+from gpu_bp.trainer import Trainer
 
 Lines = Iterable[dict[str, Any] | None]
 
@@ -169,8 +170,7 @@ def evaluate(
             f"the data and the loss of {folder.config_file} need {dataset.n_inputs} inputs and {n_outputs} outputs"
         )
     sources, _ = settle(backend, dataset.sources, config.data.residency, network.dtype)
-    made = evaluators(network, loss, sources, config.train.metric_records())
-    return {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in made.items()}
+    return evaluation.evaluate(evaluation.evaluators(network, loss, sources, config.train.metric_records()))
 
 
 def _dataset(config: Config, sources: Mapping[str, Source] | None, backend: Backend) -> Dataset | None:

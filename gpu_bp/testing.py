@@ -14,6 +14,7 @@ import numpy as np
 
 from gpu_bp import registry
 from gpu_bp.backends import cuda_kernels as kernels
+from gpu_bp.backends import cuda_rows
 from gpu_bp.backends.numpy_backend import Scratch
 from gpu_bp.cuda_text import Runner, runner
 from gpu_bp.errors import UserError
@@ -330,8 +331,8 @@ def _rows_text(
 
     def run(runs: Runner, given: Arrays) -> None:
         called, (v, d, *rest) = f"gpu_bp_{record.name}", arrays(given)
-        types = (kernels.CUDA_NAMES[v.dtype], kernels.CUDA_NAMES[d.dtype])
-        source = kernels.row_kernel_source(called, text, *types, tuple(record.values))
+        types = (cuda_rows.CUDA_NAMES[v.dtype], cuda_rows.CUDA_NAMES[d.dtype])
+        source = cuda_rows.row_kernel_source(called, text, *types, tuple(record.values))
         runs.rows(called, source, v, d, *rest, *record.values.values())
 
     return run

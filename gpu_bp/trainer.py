@@ -6,8 +6,7 @@ source -> batches -> step: forward -> output delta -> backward -> update -> metr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,10 @@ from gpu_bp.config_schedule import PlateauSchedule
 from gpu_bp.data import Dataset, load_data
 from gpu_bp.data.batches import Batches
 from gpu_bp.data.classes import class_weights
-from gpu_bp.data.source import Source
 from gpu_bp.data.sources import settle
 from gpu_bp.errors import UserError, unknown
+from gpu_bp.evaluation import Evaluator, evaluate, evaluators
 from gpu_bp.initial import initialise
-from gpu_bp.metrics import Metric, Metrics
 from gpu_bp.model import Model
 from gpu_bp.network import Network
 from gpu_bp.optimizer import Optimizer
@@ -30,11 +28,6 @@ from gpu_bp.schedule import Schedule
 from gpu_bp.selection import Selection
 from gpu_bp.spec import Loss
 from gpu_bp.step import Average, Objective, Step
-
-# Rows that are evaluated at a time; fixed, so that the same network always gives the same figures.
-EVALUATION_ROWS = 4096
-# Training rows that are evaluated, at most: a pass over all may take as long as the training.
-TRAINING_ROWS = 2**17
 
 
 def build_network(config: Config, dataset: Dataset, backend: Backend, dtype: str | None = None) -> Network:
@@ -62,48 +55,6 @@ def build_network(config: Config, dataset: Dataset, backend: Backend, dtype: str
         )
     initialise(network, config.network.weights, config.seed)
     return network
-
-
-class Evaluator:
-    """The loss and the metrics of a network on the first rows of a source: on `rows` of them.
-
-    Args:
-        most: rows, at most, rounded up to whole blocks of `EVALUATION_ROWS`.
-        metrics: those beside the usual ones.
-
-    Raises:
-        UserError: a metric that does not go with the source.
-    """
-
-    def __init__(
-        self, network: Network, loss: Loss, source: Source, most: int | None = None, metrics: Sequence[Metric] = ()
-    ) -> None:
-        self._backend = network.backend
-        self.metrics = Metrics(source.task, source.n_targets, metrics, weighted=source.weighted, loss=loss)
-        self._batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype)
-        self._objective = Objective(network, loss, self._batches.size, backward=False)
-        self._steps = min(self._batches.per_epoch, -(-(most or source.n_rows) // self._batches.size))
-        self.rows = min(source.n_rows, self._steps * self._batches.size)
-
-    def __call__(self) -> dict[str, Any]:
-        """`loss`, the mean over the rows, and the metrics. Waits for the device."""
-        to_host = self._backend.to_host
-        with np.errstate(over="ignore", invalid="ignore"):  # where a loss is not finite, the caller sees it
-            for batch in islice(self._batches.epoch(0, follows=False), self._steps):
-                outputs = self._objective.forward(batch)
-                weights = None if batch.weights is None else to_host(batch.weights)
-                self.metrics.add(to_host(outputs), to_host(batch.targets), weights)
-            return {"loss": self._objective.mean_loss(), **self.metrics.result()}
-
-
-def evaluators(
-    network: Network, loss: Loss, sources: Mapping[str, Source], metrics: Sequence[Metric] = ()
-) -> dict[str, Evaluator]:
-    """An evaluator for each split; of the training rows the first `TRAINING_ROWS` at most."""
-    return {
-        name: Evaluator(network, loss, source, TRAINING_ROWS if name == "train" else None, metrics)
-        for name, source in sources.items()
-    }
 
 
 class Trainer:
@@ -270,13 +221,13 @@ class Trainer:
         Raises:
             UserError: the last step has made the loss on the training rows infinite.
         """
-        result = _evaluate(self._evaluators)
+        result = evaluate(self._evaluators)
         self._refuse_divergence(result["train"]["loss"])
         return result
 
     def evaluate_average(self) -> dict[str, dict[str, Any]]:
         """Likewise of the averaged parameters; empty where there is no average."""
-        return _evaluate(self._averaged)
+        return evaluate(self._averaged)
 
     def _refuse_divergence(self, loss: float) -> None:
         if not np.isfinite(loss):
@@ -296,7 +247,3 @@ class Trainer:
             if line["train_errors"] <= limit:
                 self.stopped = self.stopped or "stop_at_errors"
         return line
-
-
-def _evaluate(made: Mapping[str, Evaluator]) -> dict[str, dict[str, Any]]:
-    return {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in made.items()}

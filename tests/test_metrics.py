@@ -24,9 +24,10 @@ import gpu_bp
 from gpu_bp import Batch, Config, Source, Task, UserError, dump_config, parse_config, registry
 from gpu_bp.backends import Backend
 from gpu_bp.cli import main
+from gpu_bp.evaluation import EVALUATION_ROWS, Evaluator
 from gpu_bp.metrics import METRICS, Metric, Metrics, find
 from gpu_bp.progress import describe
-from gpu_bp.trainer import EVALUATION_ROWS, Evaluator, build_network
+from gpu_bp.trainer import build_network
 
 Tiny = Callable[..., dict[str, Any]]
 

@@ -1,0 +1,68 @@
+"""How well a network does: its loss and metrics on the splits of its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from gpu_bp.data.batches import Batches
+from gpu_bp.data.source import Source
+from gpu_bp.metrics import Metric, Metrics
+from gpu_bp.network import Network
+from gpu_bp.spec import Loss
+from gpu_bp.step import Objective
+
+# Rows that are evaluated at a time; fixed, so that the same network always gives the same figures.
+EVALUATION_ROWS = 4096
+# Training rows that are evaluated, at most: a pass over all may take as long as the training.
+TRAINING_ROWS = 2**17
+
+
+class Evaluator:
+    """The loss and the metrics of a network on the first rows of a source: on `rows` of them.
+
+    Args:
+        most: rows, at most, rounded up to whole blocks of `EVALUATION_ROWS`.
+        metrics: those beside the usual ones.
+
+    Raises:
+        UserError: a metric that does not go with the source.
+    """
+
+    def __init__(
+        self, network: Network, loss: Loss, source: Source, most: int | None = None, metrics: Sequence[Metric] = ()
+    ) -> None:
+        self._backend = network.backend
+        self.metrics = Metrics(source.task, source.n_targets, metrics, weighted=source.weighted, loss=loss)
+        self._batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype)
+        self._objective = Objective(network, loss, self._batches.size, backward=False)
+        self._steps = min(self._batches.per_epoch, -(-(most or source.n_rows) // self._batches.size))
+        self.rows = min(source.n_rows, self._steps * self._batches.size)
+
+    def __call__(self) -> dict[str, Any]:
+        """`loss`, the mean over the rows, and the metrics. Waits for the device."""
+        to_host = self._backend.to_host
+        with np.errstate(over="ignore", invalid="ignore"):  # where a loss is not finite, the caller sees it
+            for batch in islice(self._batches.epoch(0, follows=False), self._steps):
+                outputs = self._objective.forward(batch)
+                weights = None if batch.weights is None else to_host(batch.weights)
+                self.metrics.add(to_host(outputs), to_host(batch.targets), weights)
+            return {"loss": self._objective.mean_loss(), **self.metrics.result()}
+
+
+def evaluators(
+    network: Network, loss: Loss, sources: Mapping[str, Source], metrics: Sequence[Metric] = ()
+) -> dict[str, Evaluator]:
+    """An evaluator for each split; of the training rows the first `TRAINING_ROWS` at most."""
+    return {
+        name: Evaluator(network, loss, source, TRAINING_ROWS if name == "train" else None, metrics)
+        for name, source in sources.items()
+    }
+
+
+def evaluate(made: Mapping[str, Evaluator]) -> dict[str, dict[str, Any]]:
+    """What each says, and of how many rows."""
+    return {name: {"rows": evaluator.rows, **evaluator()} for name, evaluator in made.items()}
