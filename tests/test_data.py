@@ -9,16 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from gpu_bp import Batch, Batches, Config, Dataset, ResidentSource, Source, UserError, load_data, parse_config, registry
+from gpu_bp import Batch, Batches, Config, Dataset, ResidentSource, Source, UserError, load_data, parse_config
 from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.data.arrays import ArrayReader, NpyFile
 from gpu_bp.data.order import Order
 from gpu_bp.data.preparation import Preparation, fit_scaling
 from gpu_bp.data.task import Task
-from gpu_bp.metrics import Metrics
 
 Tiny = Callable[..., dict[str, Any]]
 TABLE = """id,colour,size,weight,price
@@ -99,35 +96,6 @@ def test_decisions() -> None:
     argmax = Task("argmax").wrong(np.array([[0.2, 0.8], [0.8, 0.2]]), np.array([1, 1]))
     assert argmax.tolist() == [False, True]
     assert Task("argmax", ("a", "b")).decide(np.array([[0.2, 0.8]])).tolist() == ["b"]
-
-
-@given(st.integers(2, 60), st.integers(1, 3), st.floats(-1e6, 1e6))
-def test_regression_metrics(rows: int, outputs: int, offset: float) -> None:
-    """Against their definitions, whatever the batches; far from zero too."""
-    rng = np.random.default_rng(rows)
-    d = rng.standard_normal((rows, outputs)) + offset
-    y = d + rng.standard_normal((rows, outputs)) * 0.1
-    metrics = Metrics(Task("none"), loss=registry.loss("squared_error"))
-    for start in range(0, rows, 7):
-        metrics.add(y[start : start + 7], d[start : start + 7])
-    result = metrics.result()
-    assert result["mse"] == pytest.approx(((y - d) ** 2).mean(), rel=1e-9)
-    r2 = 1 - ((y - d) ** 2).sum(axis=0) / ((d - d.mean(axis=0)) ** 2).sum(axis=0)
-    assert result["r2"] == pytest.approx(r2.mean(), rel=1e-6, abs=1e-9)
-
-
-def test_metrics_of_several_outputs_a_target() -> None:
-    """Those of the level nearest to 0.5 and of the mean; the share of the targets within the levels, ends included."""
-    d = np.array([[0.0, 10.0], [1.0, 20.0]])
-    y = np.array([[0.0, 11.0, 0.5, 12.0, 1.0, 13.0], [-1.0, 19.0, 1.0, 20.0, 0.5, 21.0]])
-    metrics = Metrics(Task("none"), loss=registry.loss("quantile", levels=[0.1, 0.6, 0.9]))
-    for row in (0, 1):
-        metrics.add(y[row : row + 1], d[row : row + 1])
-    assert metrics.result() == {"mse": (0.25 + 4) / 4, "r2": pytest.approx((0.5 + 0.92) / 2), "coverage": 0.5}
-    gaussian, one = (Metrics(Task("none"), loss=registry.loss(name)) for name in ("gaussian_nll", "quantile"))
-    gaussian.add(y[:, 2:], d)
-    one.add(y[:, 2:4], d)
-    assert gaussian.result() == one.result() == {"mse": (0.25 + 4) / 4, "r2": pytest.approx((0.5 + 0.92) / 2)}
 
 
 @pytest.mark.parametrize("loss", ["quantile", "gaussian_nll"])
