@@ -111,7 +111,7 @@ class PlateauSchedule(_Kind):
     kind: Literal["plateau"]
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
     patience: FromZero = Field(10, description="lines of metrics in a row without an improvement that are borne")
-    minimum_improvement: Annotated[float, Field(ge=0, lt=1)] = Field(1e-4, description="a part of the best loss so far")
+    threshold: Annotated[float, Field(ge=0, lt=1)] = Field(1e-4, description="a part of the best loss so far")
     minimum: Rate = Field(0.0, description="the rate is never less")
     metric: Literal["train_loss", "validation_loss"] = Field("train_loss", description="as in a line of metrics")
 

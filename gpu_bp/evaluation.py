@@ -24,8 +24,11 @@ TRAINING_ROWS = 2**17
 class Evaluator:
     """The loss and the metrics of a network on the first rows of a source: on `rows` of them.
 
+    `weighed`: whether these weighed anything when they were evaluated last; else there is no loss.
+
     Args:
-        most: rows, at most, rounded up to whole blocks of `EVALUATION_ROWS`.
+        objective: of the network, for batches of `EVALUATION_ROWS` or as many rows as there are; others may use it too.
+        most: rows, at most, rounded up to whole batches.
         metrics: those beside the usual ones.
 
     Raises:
@@ -33,14 +36,16 @@ class Evaluator:
     """
 
     def __init__(
-        self, network: Network, loss: Loss, source: Source, most: int | None = None, metrics: Sequence[Metric] = ()
+        self, objective: Objective, source: Source, most: int | None = None, metrics: Sequence[Metric] = ()
     ) -> None:
+        network, loss = objective.network, objective.loss
         self._backend = network.backend
+        self._objective = objective
         self.metrics = Metrics(source.task, source.n_targets, metrics, weighted=source.weighted, loss=loss)
         self._batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype)
-        self._objective = Objective(network, loss, self._batches.size, backward=False)
         self._steps = min(self._batches.per_epoch, -(-(most or source.n_rows) // self._batches.size))
         self.rows = min(source.n_rows, self._steps * self._batches.size)
+        self.weighed = False
 
     def __call__(self) -> dict[str, Any]:
         """`loss`, the mean over the rows, and the metrics. Waits for the device."""
@@ -50,15 +55,19 @@ class Evaluator:
                 outputs = self._objective.forward(batch)
                 weights = None if batch.weights is None else to_host(batch.weights)
                 self.metrics.add(to_host(outputs), to_host(batch.targets), weights)
-            return {"loss": self._objective.mean_loss(), **self.metrics.result()}
+        result = {"loss": self._objective.mean_loss(), **self.metrics.result()}
+        self.weighed = self._objective.weighed
+        return result
 
 
 def evaluators(
     network: Network, loss: Loss, sources: Mapping[str, Source], metrics: Sequence[Metric] = ()
 ) -> dict[str, Evaluator]:
     """An evaluator for each split; of the training rows the first `TRAINING_ROWS` at most."""
+    rows = min(EVALUATION_ROWS, max(source.n_rows for source in sources.values()))
+    objective = Objective(network, loss, rows, backward=False)
     return {
-        name: Evaluator(network, loss, source, TRAINING_ROWS if name == "train" else None, metrics)
+        name: Evaluator(objective, source, TRAINING_ROWS if name == "train" else None, metrics)
         for name, source in sources.items()
     }
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_bp import registry
 from gpu_bp.backends import Backend
 from gpu_bp.data.preparation import Preparation
 from gpu_bp.data.task import Decision, Task
@@ -69,7 +70,7 @@ def to_sklearn(model: Model, *, classes: Sequence[Any] | None = None) -> Any:
     """
     perceptrons = _sklearn("neural_network")
     network, preparation = model.network, model.preparation
-    *hidden, output = (layer.activation.name for layer in network.layers)
+    *hidden, output = (registry.name_of(layer.activation)[0] for layer in network.layers)
     decision = preparation.task.decision
     if preparation.columns is not None or preparation.scales or preparation.target_shift:
         raise UserError(

@@ -28,11 +28,18 @@ PLAIN = registry.loss("squared_error")  # whose outputs are what is predicted
 
 @dataclass(frozen=True)
 class Model:
-    """A network, the preparation of its inputs and targets, and the loss, which says what its outputs are."""
+    """A network, the preparation of its inputs and targets, and what its outputs are.
+
+    `loss`: one of several outputs a target, or `PLAIN` in the place of any other.
+    """
 
     network: Network
     preparation: Preparation
     loss: Loss = PLAIN
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.loss, GroupedLoss):
+            object.__setattr__(self, "loss", PLAIN)
 
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
@@ -123,11 +130,12 @@ class Model:
         if not isinstance(self.loss, GroupedLoss):
             return {"": self.preparation.raw_outputs(outputs)}
         predicted = self.loss.predictions(self.loss.grouped(outputs), **self.loss.values)
-        raw = {"variance": self.preparation.raw_variances}
-        return {
-            label: raw.get(label, self.preparation.raw_outputs)(predicted[:, k])
-            for k, label in enumerate(self.loss.labels)
-        }
+        said: dict[str, np.ndarray] = {}
+        for k, label in enumerate(self.loss.labels):
+            power = self.loss.powers.get(label)
+            values = predicted[:, k]
+            said[label] = self.preparation.raw_spread(values, power) if power else self.preparation.raw_outputs(values)
+        return said
 
 
 def _named_record(record: Record) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def load(name: str) -> object:
     Raises:
         UserError: no such module or object, or the module's own error while it was imported.
     """
-    module_name, _, path = name.rpartition(":")
+    module_name, path = _module_of(name), name.rpartition(":")[2]
     if not module_name or not path:
         raise UserError(f"{name!r} is not of the form module:object or path/to/file.py:object")
     if module_name == "own":
@@ -91,16 +92,17 @@ def name_of(piece: Piece) -> tuple[str, dict[str, Any]]:
 
 
 def same_formula(a: object, b: object) -> bool:
-    """Whether two records are one but for the values chosen: `with_parameters` keeps the parameters themselves."""
-    if type(a) is not type(b) or not isinstance(a, Record) or not isinstance(b, Record):
+    """Whether two records are one but for the values chosen, and for what follows from these."""
+    if type(a) is not type(b) or not isinstance(a, Record):
         return False
-    return a.name == b.name and a.parameters is b.parameters
+    chosen = {"values", "origin", *(("state", "update") if getattr(a, "variant", None) else ())}
+    return all(getattr(a, f.name) == getattr(b, f.name) for f in fields(a) if f.name not in chosen)
 
 
 def refuse_untrusted(names: Iterable[str], where: str, own: Sequence[Piece], trust_code: bool) -> None:
     """Raises UserError where a file names code, unless it is trusted or the piece was passed."""
     for name in names:
-        passed = name.startswith("own:") or any(_stands_for(piece, name) for piece in own)
+        passed = _module_of(name) == "own" or any(_stands_for(piece, name) for piece in own)
         if not trust_code and not passed:
             raise UserError(
                 f"{where} names code, {name}, which runs when it is read: "
@@ -117,8 +119,8 @@ def names(config: Mapping[str, Any]) -> list[str]:
 
 def absolute(name: str) -> str:
     """The name with the path of its file made absolute, where it has one."""
-    file, _, path = name.rpartition(":")
-    return f"{Path(file).absolute()}:{path}" if file.endswith(".py") else name
+    file, path = _module_of(name), name.rpartition(":")[2]
+    return f"{Path(file).resolve()}:{path}" if file.endswith(".py") else name
 
 
 def change_names(config: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
@@ -146,11 +148,32 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _passed_or_loaded(name: str, own: Sequence[Piece]) -> object:
-    return next((piece for piece in own if _stands_for(piece, name)), None) or load(name)
+    found = [piece for piece in own if _stands_for(piece, name)]
+    if any(piece is not found[0] and not same_formula(piece, found[0]) for piece in found):
+        raise UserError(f"two pieces that were passed are called {name}; give one of them another name")
+    return found[0] if found else load(name)
 
 
 def _stands_for(piece: Piece, name: str) -> bool:
-    return name == f"own:{_called(piece)}" or name == name_of(piece)[0]
+    return name in (f"own:{_called(piece)}", name_of(piece)[0]) or any(
+        held is piece or same_formula(held, piece) for held in _already_held(name)
+    )
+
+
+def _already_held(name: str) -> Iterator[object]:
+    """What modules that are already imported hold under that name; nothing is run."""
+    module_name, path = _module_of(name), name.rpartition(":")[2]
+    for key, module in list(sys.modules.items()):
+        if key == module_name or (module_name.endswith(".py") and getattr(module, "__file__", None) == module_name):
+            held: Any = module
+            for part in path.split("."):
+                held = getattr(held, "__dict__", {}).get(part)
+            yield held
+
+
+def _module_of(name: str) -> str:
+    """What stands before the last colon."""
+    return name.rpartition(":")[0]
 
 
 def _called(piece: Piece) -> str:
@@ -164,7 +187,7 @@ def _article(kind: type) -> str:
 
 def _module(name: str) -> Any:
     """The module of that name, or of that file, which then stands in sys.modules under its absolute path."""
-    place = str(Path(name).absolute()) if name.endswith(".py") else name
+    place = str(Path(name).resolve()) if name.endswith(".py") else name
     if place in sys.modules:
         return sys.modules[place]
     folder = str(Path.cwd())

@@ -13,6 +13,7 @@ import numpy as np
 from gpu_bp.data import Dataset
 from gpu_bp.model import Model
 from gpu_bp.run_folder import RunFolder
+from gpu_bp.spec import GroupedLoss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -176,15 +177,17 @@ def _predicted(model: Model, outputs: np.ndarray) -> np.ndarray:
 
 def _called(model: Model) -> str:
     """What that is, for a legend."""
-    return f"predicted ({model.loss.best_label})" if model.loss.best_label else "predicted"
+    label = model.loss.best_label
+    return f"predicted ({label})" if label else "predicted"
 
 
 def _draw_band(axis: Axes, x: np.ndarray, model: Model, outputs: np.ndarray) -> None:
     """Where the first target is to lie, if the outputs say so."""
     said = {label: values[:, 0] for label, values in model.raw_predictions(outputs).items()}
-    if "variance" in said:
-        reach = 2 * np.sqrt(said["variance"])
-        low, high, label = said[""] - reach, said[""] + reach, "± 2 standard deviations"
+    if isinstance(model.loss, GroupedLoss) and model.loss.powers:
+        (spread, power), *_ = model.loss.powers.items()
+        middle, reach = _predicted(model, outputs), 2 * said[spread] ** (1 / power)
+        low, high, label = middle - reach, middle + reach, "± 2 standard deviations"
     elif model.loss.gives_interval:
         first, *_, last = said
         low, high, label = said[first], said[last], f"{first} to {last}"

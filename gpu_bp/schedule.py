@@ -100,7 +100,7 @@ def inverse_time(rate: float, after: int) -> Schedule:
 class Plateau(Schedule):
     """Multiplied by `factor` where a loss stays as it is: once more than `patience` lines in a row were no improvement.
 
-    A line is an improvement where its loss is less than the best so far, by more than `minimum_improvement` of the
+    A line is an improvement where its loss is less than the best so far, by more than `threshold` of the
     best's size; NaN never is one. This is `torch.optim.lr_scheduler.ReduceLROnPlateau`, except where losses are
     negative: there it takes one for an improvement that is a little worse.
 
@@ -113,7 +113,7 @@ class Plateau(Schedule):
     """
 
     def __init__(
-        self, rate: float, factor: float, patience: int, minimum_improvement: float, minimum: float, metric: str
+        self, rate: float, factor: float, patience: int, threshold: float, minimum: float, metric: str
     ) -> None:
         if minimum > rate:
             raise UserError(f"schedule.minimum is {minimum}, above the learning rate of {rate}; set it below")
@@ -121,12 +121,12 @@ class Plateau(Schedule):
         self._now = rate
         self._best: float | None = None
         self._waited = 0
-        self._factor, self._patience, self._minimum_improvement = factor, patience, minimum_improvement
+        self._factor, self._patience, self._threshold = factor, patience, threshold
         self._minimum, self._metric = minimum, metric
 
     def observe(self, line: Mapping[str, Any]) -> None:
         loss, best = line[self._metric], self._best
-        if math.isfinite(loss) and (best is None or loss < best - self._minimum_improvement * abs(best)):
+        if math.isfinite(loss) and (best is None or loss < best - self._threshold * abs(best)):
             self._best, self._waited = loss, 0
             return
         self._waited += 1

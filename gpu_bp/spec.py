@@ -23,6 +23,7 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -218,7 +219,7 @@ class Loss(Record):
     kinks: Callable[..., tuple[float, ...]] = _no_kinks
     starts_from_net_input: ClassVar[bool] = False  # the loss computes y itself, so v must be kept
 
-    @property
+    @cached_property
     def labels(self) -> tuple[str, ...]:
         """A name for each output that a target has; "" is the target's own."""
         return ("",)
@@ -252,7 +253,7 @@ class Loss(Record):
 
     @property
     def best_label(self) -> str:
-        """The label of the output that is the best single guess at a target."""
+        """The label of the output that is the best single guess at a target, or of those whose mean is."""
         return ""
 
     def point_prediction(self, outputs: Array) -> Array:
@@ -299,7 +300,9 @@ class GroupedLoss(Loss):
 
     Output k of target t stands in column k * n_targets + t: all targets' first outputs come first.
     `labelled` names the outputs of a target, from the parameters: there are as many as `groups`. `best` says which of
-    them is the best single guess. Where they are an `interval`, they rise, and the first and the last are its ends.
+    them, or the mean of which, is the best single guess. Where they are an `interval`, they rise, and the first and the
+    last are its ends. `powers`: the labels of those that are no value of the target but its deviation (1) or its
+    variance (2), and in what power of the target's unit they are.
     `predictions` makes of outputs (rows, groups, n_targets), on the host, what they predict: `(outputs,
     **parameters)`.
     `error_signals` computes the value and dE/dy of all outputs of a target together. CUDA, for one target of one row:
@@ -309,12 +312,13 @@ class GroupedLoss(Loss):
     """
 
     labelled: Callable[..., tuple[str, ...]]
-    best: Callable[..., int]
+    best: Callable[..., tuple[int, ...]]
     interval: bool = False
+    powers: Mapping[str, int] = field(default_factory=dict)
     predictions: Callable[..., Array] = _as_they_are
     error_signals: Twin
 
-    @property
+    @cached_property
     def labels(self) -> tuple[str, ...]:
         return self.labelled(**self.values)
 
@@ -324,14 +328,14 @@ class GroupedLoss(Loss):
 
     @property
     def best_label(self) -> str:
-        return self.labels[self.best(**self.values)]
+        return " and ".join(self.labels[k] for k in self.best(**self.values))
 
     def grouped(self, outputs: Array) -> Array:
         """Outputs (rows, n_outputs) as (rows, groups, n_targets)."""
         return outputs.reshape(len(outputs), self.groups, outputs.shape[1] // self.groups)
 
     def point_prediction(self, outputs: Array) -> Array:
-        return self.grouped(outputs)[:, self.best(**self.values)]
+        return self.grouped(outputs)[:, self.best(**self.values)].mean(axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -26,16 +26,21 @@ def our_names(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
         UserError: a tensor that is not the weight or bias of a layer, or the second to be that.
     """
     names: dict[str, str] = {}
-    layer = -1
+    layer, linear = -1, ""
     for module in sorted({name.rpartition(".")[0] for name in tensors}, key=_natural):
         weight = tensors.get(f"{module}.weight" if module else "weight")
         matrix = weight is not None and weight.ndim == 2
-        layer += matrix
+        layer, linear = (layer + 1, module) if matrix else (layer, linear)
         for name in sorted((name for name in tensors if name.rpartition(".")[0] == module), reverse=True):
             part = PARTS.get((name.rpartition(".")[2], matrix))
             if part is None or weight is None or weight.ndim not in (1, 2) or layer < 0:
                 raise UserError(f"tensor {name} {tensors[name].shape} is not the weight or bias of a layer")
             ours = f"layers.{layer}.{part}"
+            if part == "gains" and (f"layers.{layer}.biases" in names or not _follows(linear, module)):
+                raise UserError(
+                    f"tensor {name} {tensors[name].shape} is no LayerNorm right behind a Linear(bias=False), the one "
+                    "normalisation that is known"
+                )
             if ours in names:
                 raise UserError(f"tensors {names[ours]} and {name} would both be {ours}")
             names[ours] = name
@@ -79,6 +84,13 @@ def their_names(network: Network) -> dict[str, str]:
     return {ours: name for ours, name in names.items() if ours in network.layout.shapes}
 
 
+def _follows(first: str, second: str) -> bool:
+    """Whether a module comes right behind another, as far as their names say: where both end in a number, the next."""
+    (prefix, a), (other, b) = (re.fullmatch(r"(.*?)(\d*)", name).groups() for name in (first, second))  # type: ignore[union-attr]
+    return not (a and b and prefix == other) or int(b[-9:]) == int(a[-9:]) + 1
+
+
 def _natural(name: str) -> list[tuple[bool, int, str]]:
     """A key that sorts numbers by their value: 2 before 10."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
+    parts = re.split(r"(\d+)", name)
+    return [(part.isdecimal(), len(part.lstrip("0")) if part.isdecimal() else 0, part.lstrip("0")) for part in parts]

@@ -32,6 +32,7 @@ class Objective:
         gradients: the flat buffer of the gradient of the last step's summed loss.
         total: (1,) float64 on the device, the weighted loss summed over the batches since `mean_loss` was read.
         rows: how many rows without weights those batches had. weight: (1,) float64, what the others weighed.
+        weighed: whether these rows weighed anything when `mean_loss` was last read: else the mean is NaN.
         signals: the arrays of each layer, as the last batch left them.
         last_weights: (rows,) what the rows of the last batch weighed, None where each weighed 1.
     """
@@ -69,6 +70,7 @@ class Objective:
         self.total = backend.zeros((1,), np.float64)
         self.weight = backend.zeros((1,), np.float64)
         self._weighted = False
+        self.weighed = True
         self.rows = 0
         self.last_weights: Array | None = None
 
@@ -139,6 +141,7 @@ class Objective:
         to_host = self.network.backend.to_host
         weight = self.rows + (float(to_host(self.weight)[0]) if self._weighted else 0.0)
         mean = float(to_host(self.total)[0]) / weight if weight else float("nan")
+        self.weighed = weight > 0
         if reset:
             self.total.fill(0)
             self.rows = 0

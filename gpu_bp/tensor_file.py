@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,14 +22,20 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         if kind == "a safetensors file":
             return load_file(path)
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise UserError(f"{path} is not an .npz file: it is a .npy file")
+        with file:
+            members = dict(file)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
     except TypeError as error:  # bfloat16
         raise UserError(f"{path}: {error}; a type that NumPy has is needed, such as float32") from None
-    except (SafetensorError, zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+    except (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} is not {kind}: {error}") from None
+    if not members or not all(isinstance(member, np.ndarray) for member in members.values()):
+        raise UserError(f"{path} is not {kind} of named arrays alone")
+    return members
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:

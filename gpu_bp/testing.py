@@ -92,6 +92,9 @@ def _other_values(parameter: Parameter | Flag | Numbers) -> list[Any]:
         lambda x: x - 0.3,
     ]
     several = isinstance(parameter, Numbers)
+    if isinstance(parameter, Numbers) and parameter.count is None:
+        lists = [parameter.default[:1], (0.2, 0.45, 0.9), (1.0, 2.0, 3.5), (-1.5, -0.5, 2.0)]
+        return [value for value in lists if value != parameter.default and parameter.read(value) is not None][:2]
     given = [tuple(map(change, parameter.default)) if several else change(parameter.default) for change in changes]  # type: ignore[arg-type]
     return [value for value in given if value != parameter.default and parameter.read(value) is not None][:2]
 
@@ -245,6 +248,11 @@ def _grouped_loss(check: Check) -> None:
     record: GroupedLoss = check.record
     values = tuple(record.values.items())
     text = kernels.grouped_loss(record.name, record.error_signals.cuda, record.groups, values, "delta = e;", ())
+    labels, best = record.labels, record.best(**record.values)
+    if len(set(labels)) < len(labels) or not set(record.powers) <= set(labels):
+        raise check.error("labels", f"must differ, and those of powers be among them: {labels}, {[*record.powers]}")
+    if not best or not all(0 <= k < record.groups for k in best):
+        raise check.error("best", f"must be places of the {record.groups} outputs, not {best}")
     numbers_of = [value for _, value in values if not isinstance(value, tuple)]
 
     def run(runs: Runner, a: Arrays) -> None:

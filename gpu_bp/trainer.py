@@ -205,7 +205,8 @@ class Trainer:
                     if self.steps % self._log_every == 0:  # no line that only ends the training
                         optimizer.schedule.observe(line)
                     yield line
-                    self._refuse_divergence(train_loss)
+                    if objective.weighed:
+                        self._refuse_divergence(train_loss)
                     begin = time.perf_counter() - self.seconds  # what evaluation took is not training
                     if last or self.stopped:
                         break
@@ -222,7 +223,8 @@ class Trainer:
             UserError: the last step has made the loss on the training rows infinite.
         """
         result = evaluate(self._evaluators)
-        self._refuse_divergence(result["train"]["loss"])
+        if self._evaluators["train"].weighed:
+            self._refuse_divergence(result["train"]["loss"])
         return result
 
     def evaluate_average(self) -> dict[str, dict[str, Any]]:

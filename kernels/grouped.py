@@ -32,7 +32,13 @@ def _quantile(y: Array, d: Array, loss: Array, e: Array, s: Scratch, levels: tup
 
 def _quantile_labels(levels: tuple[float, ...]) -> tuple[str, ...]:
     """In percent, with two digits at least: q05, q50, q97.5."""
-    return tuple(f"q{100 * level:02g}" for level in levels)
+    return tuple(f"q{100 * level:02.12g}" for level in levels)
+
+
+def _middle(levels: tuple[float, ...]) -> tuple[int, ...]:
+    """The level that is nearest to 1/2; of two that are as near, such as 0.1 and 0.9, both."""
+    distance = np.abs(np.subtract(levels, 0.5))
+    return tuple(np.flatnonzero(distance <= distance.min() + 1e-12).tolist())
 
 
 quantile = GroupedLoss(
@@ -41,7 +47,7 @@ quantile = GroupedLoss(
     parameters={"levels": Numbers((0.5,), "(0, 1)", rising=True)},
     targets="real",
     labelled=_quantile_labels,
-    best=lambda levels: int(np.abs(np.subtract(levels, 0.5)).argmin()),
+    best=_middle,
     interval=True,
     error_signals=Twin(
         """
@@ -95,7 +101,8 @@ gaussian_nll = GroupedLoss(
     parameters={"eps": Parameter(1e-6, "(0, inf)")},
     targets="real",
     labelled=lambda eps: ("", "variance"),
-    best=lambda eps: 0,
+    best=lambda eps: (0,),
+    powers={"variance": 2},
     predictions=_mean_and_variance,
     error_signals=Twin(
         """

@@ -67,6 +67,7 @@ def arrays(tiny_config: Tiny, folder: Path, targets: Any, loss: str, **keys: Any
         ([-1.0, 1.0, 1.0], "squared_hinge", ("-1", "1"), [1, 2]),
         ([[-1, 1], [1, -1], [-1, 1]], "squared_hinge", ("0", "1"), [1, 2]),
         ([0.0, 1.0, 1.0, 1.0], "binary_cross_entropy", ("0", "1"), [1, 3]),
+        ([0.1, 0.9, 0.8, 0.4], "binary_cross_entropy", ("0", "1"), [2, 2]),
     ],
 )
 def test_classes_without_names(

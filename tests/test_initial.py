@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import tomllib
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,11 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+import gpu_bp
 from gpu_bp import Config, Network, UserError, dump_config, load_config, parse_config
 from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.config_network import AnyWeights
 from gpu_bp.initial import initialise
 from gpu_bp.registry import Purpose, normals, uniforms
+
+Tiny = Callable[..., dict[str, Any]]
 
 WIDTHS = [5, 40, 3]
 SEED = 7
@@ -218,8 +223,11 @@ ZERO = {"0.weight": (3, 2), "0.bias": (3,), "2.weight": (1, 3), "2.bias": (1,)}
         ({"2.bias": (3,)}, "tensor 2.bias has shape (3,), layers.1.biases needs (1,)"),
         ({"2.bias": None}, "is layers.1.biases (1,)"),
         ({"4.weight": (1, 1)}, "tensor 4.weight would be layers.2.weights, which is not one of this network's: layers"),
-        ({"1.weight": (3,)}, "tensor 1.weight would be layers.0.gains, which is not one of this network's"),
-        ({"1.weight": (3,), "1.bias": (3,)}, "tensors 0.bias and 1.bias would both be layers.0.biases"),
+        (
+            {"0.bias": None, "1.weight": (3,)},
+            "tensor 1.weight would be layers.0.gains, which is not one of this network",
+        ),
+        ({"1.weight": (3,), "1.bias": (3,)}, "tensor 1.weight (3,) is no LayerNorm right behind a Linear(bias=False)"),
         ({"1.running_mean": (3,)}, "tensor 1.running_mean (3,) is not the weight or bias of a layer"),
         ({"0.bias": None, "3.bias": (3,)}, "tensor 3.bias (3,) is not the weight or bias of a layer"),
         ({"0.weight": (3, 2, 1, 1)}, "tensor 0.weight (3, 2, 1, 1) is not the weight or bias of a layer"),
@@ -276,3 +284,27 @@ def test_gains_start_at_1() -> None:
     network = Network([2, 3, 1], ["tanh", "identity"], normalise=True)
     initialise(network, parse_config({**RAW, "network": {"hidden": [3]}}).network.weights, 0)
     np.testing.assert_array_equal(network.tensors()["layers.0.gains"], 1)
+
+
+@pytest.mark.parametrize("damage", ["deflate", "method", "encrypted", "member", "npy"])
+def test_broken_npz_files(tiny_config: Tiny, in_tmp: Path, damage: str) -> None:
+    """Each in its own way."""
+    path = Path("broken.npz")
+    if damage == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.ones((2, 2)))
+    elif damage == "member":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("notes.txt", "no array")
+    else:
+        np.savez_compressed(path, **{"layers.0.weights": np.random.default_rng(0).standard_normal((5, 2))})
+        content = bytearray(path.read_bytes())
+        entry = content.index(b"PK\x01\x02")
+        if damage == "deflate":
+            content[60:90] = b"\xff" * 30
+        for place in (0, entry) if damage != "deflate" else ():
+            offset = place + (6 if place == 0 else 8) + (0 if damage == "encrypted" else 2)
+            content[offset] = 1 if damage == "encrypted" else 77
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"broken.npz is not an .npz file"):
+        gpu_bp.train(tiny_config(network={"weights": {"kind": "file", "path": str(path)}}), backend="numpy")

@@ -74,7 +74,14 @@ FIT = {"0.weight": (5, 3), "0.bias": (5,), "2.weight": (2, 5), "2.bias": (2,)}
         ({"2.weight": (2, 4)}, "tensor 2.weight has shape (2, 4), layers.1.weights needs (2, 5)"),
         ({"2.bias": None}, "is layers.1.biases (2,)"),
         ({"0.bias": None}, "tensor 2.bias would be layers.1.biases, which is not one of this network's"),
-        ({"3.weight": (2,)}, "tensor 3.weight would be layers.1.gains, which is not one of this network's"),
+        (
+            {"1.weight": (5,)},
+            "tensor 1.weight (5,) is no LayerNorm right behind a Linear(bias=False)",
+        ),  # PReLU, RMSNorm
+        (
+            {"0.bias": None, "2.weight": (5,), "2.bias": (5,), "3.weight": (2, 5), "3.bias": (2,)},
+            "tensor 2.weight (5,) is no LayerNorm right behind a Linear(bias=False)",  # but behind the activation
+        ),
         ({"1.running_var": (5,)}, "tensor 1.running_var (5,) is not the weight or bias of a layer"),
         ({"0.weight": (5, 3, 1, 1)}, "tensor 0.weight (5, 3, 1, 1) is not the weight or bias of a layer"),
         ({"4.weight": (1, 2)}, "3 layers need as many activations, not 2"),

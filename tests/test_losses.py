@@ -256,3 +256,24 @@ def test_a_single_output_is_refused() -> None:
         registry.loss("cross_entropy").n_outputs(1)
     assert registry.loss("cross_entropy").n_outputs(3) == 3
     assert registry.loss("squared_error").n_outputs(1) == 1
+
+
+@pytest.mark.parametrize(
+    ("levels", "best", "labels"),
+    [
+        ((0.05, 0.95), (0, 1), ("q05", "q95")),
+        ((0.1, 0.9), (0, 1), ("q10", "q90")),
+        ((0.3, 0.7), (0, 1), ("q30", "q70")),
+        ((0.1, 0.4, 0.6), (1, 2), ("q10", "q40", "q60")),
+        ((0.025, 0.5, 0.975), (1,), ("q2.5", "q50", "q97.5")),
+        ((0.999999, 0.9999999), (0,), ("q99.9999", "q99.99999")),
+    ],
+)
+def test_the_middle_of_quantiles(levels: tuple[float, ...], best: tuple[int, ...], labels: tuple[str, ...]) -> None:
+    """The level nearest to 1/2, or the two that are as near; every level has a name of its own."""
+    loss = registry.loss("quantile", levels=levels)
+    assert isinstance(loss, GroupedLoss)
+    assert (loss.best(**loss.values), loss.labels) == (best, labels)
+    outputs = np.arange(2.0 * 3 * len(levels)).reshape(2, -1) ** 2
+    middle = loss.grouped(outputs)[:, list(best)].mean(axis=1)
+    np.testing.assert_array_equal(loss.point_prediction(outputs), middle)

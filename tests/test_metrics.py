@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpu_bp
-from gpu_bp import Batch, Config, Source, Task, UserError, dump_config, parse_config, registry
+from gpu_bp import Batch, Config, Objective, Source, Task, UserError, dump_config, parse_config, registry
 from gpu_bp.backends import Backend
 from gpu_bp.evaluation import EVALUATION_ROWS, Evaluator
 from gpu_bp.metrics import METRICS, Metric, Metrics, find
@@ -259,7 +259,8 @@ def test_an_evaluator_gives_them(backend: Backend, tiny_config: Tiny, weighted: 
     network = build_network(config, dataset, backend)
     names = ["recall", "balanced_accuracy", "macro_f1"]
     share = find("own:lambda", [lambda d, y, sample_weight=None: np.average(d == y, weights=sample_weight)])
-    evaluator = Evaluator(network, config.loss.record(), source, None, [*map(find, names), share])
+    objective = Objective(network, config.loss.record(), EVALUATION_ROWS, backward=False)
+    evaluator = Evaluator(objective, source, None, [*map(find, names), share])
     split = dataset.rows("train")
     decided = network.predict(split.inputs.astype(np.float32)).argmax(axis=1)
     weights = np.ones(rows) if split.weights is None else split.weights

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import gpu_bp
 from gpu_bp import Config, Model, NumpyBackend, UserError, dump_config, load_config, own, parse_config, registry
@@ -351,3 +355,58 @@ def test_records_of_a_script(mine: Path) -> None:
         for how in (["script.py"], ["-m", "script"]):
             done = subprocess.run([sys.executable, *how], capture_output=True, text=True, check=True)
             assert done.stdout == f"{wanted}\n"
+
+
+@pytest.mark.parametrize("name", ["own:mine:swish", "own:mine.py:swish", "own:x/mine.py:swish", "own:a:own:mine:swish"])
+def test_no_name_is_taken_for_a_piece_that_was_passed(mine: Path, tiny_config: Tiny, name: str) -> None:
+    """`own:NAME` is that alone: whatever else begins so is a module's, or a file's, and needs trust."""
+    for section in (
+        {"network": {"activation": name}},
+        {"train": {"metrics": [name]}},
+        {"data": {"kind": "own", "sources": {"train": name}}},
+    ):
+        with pytest.raises(UserError, match="names code, .*say --trust-code"):
+            parse_config(tiny_config(**section), trust_code=False)
+    gpu_bp.train(tiny_config(), backend="numpy", run="run", pictures=False)
+    path = Path("run/model.safetensors")
+    with safe_open(path, framework="numpy") as file:
+        description = json.loads(file.metadata()["gpu_bp"])
+    description["activations"][0] = {"kind": name}
+    save_file(load_file(path), path, metadata={"gpu_bp": json.dumps(description)})
+    with pytest.raises(UserError, match="names code, .*say --trust-code"):
+        Model.load(path, NumpyBackend())
+    assert not ran(mine)
+
+
+def test_a_changed_record_of_the_package_is_one_of_ones_own(tiny_config: Tiny, in_tmp: Path) -> None:
+    """Whatever its name: the model of it wants it passed again."""
+    changed = replace(
+        registry.activation("leaky_relu"),
+        value=Twin("y = slope * v;", lambda v, y, s, slope: np.multiply(v, slope, out=y)),
+    )
+    assert registry.name_of(changed)[0] == "own:leaky_relu"
+    config = tiny_config(network={"activation": changed})
+    made = gpu_bp.train(config, backend="numpy", run="run", pictures=False).model
+    path, inputs = Path("run/model.safetensors"), np.ones((3, 2))
+    with pytest.raises(UserError, match=r"pass it again, own=\[leaky_relu\]"):
+        Model.load(path, NumpyBackend())
+    again = Model.load(path, NumpyBackend(), own=[changed])
+    np.testing.assert_array_equal(again.network.predict(inputs), made.network.predict(inputs))
+
+
+def test_two_pieces_of_one_name(tiny_config: Tiny) -> None:
+    """They cannot be told apart, unless they are one formula."""
+    one, two = doubled(1.5), doubled(1.5)  # each with functions of its own
+    assert parse_config(tiny_config(network={"activation": "own:doubled"}), own=[one, one.with_parameters(factor=2)])
+    with pytest.raises(UserError, match="two pieces that were passed are called own:doubled; give one of them another"):
+        parse_config(tiny_config(network={"activation": "own:doubled"}), own=[one, two])
+
+
+def test_a_piece_passed_stands_for_each_of_its_names(mine: Path, tiny_config: Tiny) -> None:
+    """Of the module, of the file, and by another path to it; where it is not passed, nothing is imported for it."""
+    swish, square = own.load("mine:swish"), own.load("mine:square")
+    for name in ("mine:swish", f"{mine / 'mine.py'}:swish", "x/../mine.py:swish"):
+        raw = tiny_config(network={"activation": name})
+        assert parse_config(raw, own=[swish], trust_code=False).network.activation[0].record() is not None
+        with pytest.raises(UserError, match="names code"):
+            parse_config(raw, own=[square], trust_code=False)

@@ -111,6 +111,16 @@ def test_class_weights_reach_the_training(tiny_config: Tiny, backend: Backend) -
     assert line["train_loss"] == pytest.approx(np.average(losses, weights=1 + 2 * d), rel=1e-12)
 
 
+def test_lines_whose_rows_weigh_nothing(tiny_config: Tiny, backend: Backend) -> None:
+    """They have no loss, and the training goes on; the parameters are those of the steps with rows that weigh."""
+    loss = {"kind": "binary_cross_entropy", "class_weight": {"upper": 0.0}}
+    train = {"batch_size": 1, "steps": 12, "log_every": 1, "sampling": "ordered"}
+    trainer = trainer_of(tiny_config, backend, loss=loss, train=train)
+    losses = [line["train_loss"] for line in trainer.run() if line]
+    assert [np.isnan(loss) for loss in losses] == [True, False] * 6  # even rows are of the upper ring
+    assert np.isfinite(trained(trainer)).all()
+
+
 # Averages and selection ---------------------------------------------------------------------------------------
 
 
@@ -244,3 +254,12 @@ def test_models_that_a_run_does_not_have(tiny_config: Tiny, in_tmp: Path) -> Non
     ):
         with pytest.raises(UserError, match=message):
             gpu_bp.evaluate("run", model=model, backend="numpy")
+
+
+def test_an_interruption_is_not_taken_for_patience(tiny_config: Tiny) -> None:
+    """Both at one step: the first is why it stopped."""
+    trainer = trainer_of(tiny_config, NumpyBackend(), train={"log_every": 1, "steps": 50}, stopping={"patience": 1})
+    trainer.selection._best = -1.0  # type: ignore[union-attr]
+    for _ in trainer.run(lambda: True):
+        pass
+    assert (trainer.stopped, trainer.steps) == ("interrupted", 1)

@@ -26,8 +26,8 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "exponential": lambda o, factor, every: lr_scheduler.ExponentialLR(o, factor ** (1 / every)),
     "step": lambda o, factor, every: lr_scheduler.StepLR(o, every, factor),
     "inverse_time": lambda o, after: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step / after)),
-    "plateau": lambda o, minimum_improvement, minimum, metric, **others: lr_scheduler.ReduceLROnPlateau(
-        o, threshold=minimum_improvement, min_lr=minimum, eps=0.0, **others
+    "plateau": lambda o, threshold, minimum, metric, **others: lr_scheduler.ReduceLROnPlateau(
+        o, threshold=threshold, min_lr=minimum, eps=0.0, **others
     ),
 }
 # What each is compared with, keys in the order of the values.
@@ -43,7 +43,7 @@ PARAMETERS: dict[str, tuple[tuple[str, ...], list[tuple[float, ...]]]] = {
     "step": (("factor", "every"), [(0.3, 1), (0.3, 7)]),
     "inverse_time": (("after",), [(1,), (9,)]),
     "plateau": (
-        ("factor", "patience", "minimum_improvement", "minimum"),
+        ("factor", "patience", "threshold", "minimum"),
         [(0.1, 10, 1e-4, 0.0), (0.5, 0, 0.05, 0.01), (0.9, 3, 0.0, 0.1)],
     ),
 }

@@ -50,7 +50,7 @@ PARAMETERS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "plateau": {
         "factor": fractions,
         "patience": st.integers(0, 5),
-        "minimum_improvement": st.floats(0.0, 0.5),
+        "threshold": st.floats(0.0, 0.5),
         "minimum": st.just(0.0),
         "metric": st.just("train_loss"),
     },
@@ -67,7 +67,7 @@ IN_A_CONFIG: dict[str, dict[str, Any]] = {
     "plateau": {
         "factor": 0.5,
         "patience": 0,
-        "minimum_improvement": 0.9,
+        "threshold": 0.9,
         "minimum": 0.02,
         "metric": "validation_loss",
     },
@@ -171,7 +171,7 @@ def test_a_warmup_joins_the_schedule(kind: str, data: st.DataObject, steps: int,
 
 
 def plateau(**parameters: Any) -> Plateau:
-    given = {"rate": 1.0, "factor": 0.5, "patience": 1, "minimum_improvement": 0.1, "minimum": 0.0}
+    given = {"rate": 1.0, "factor": 0.5, "patience": 1, "threshold": 0.1, "minimum": 0.0}
     return Plateau(**{**given, "metric": "train_loss", **parameters})
 
 
@@ -261,7 +261,7 @@ def test_a_training_follows_its_schedule(backend: Backend, tiny_config: Tiny, ki
 
 def test_lines_of_metrics_are_the_unit_of_patience(backend: Backend, tiny_config: Tiny) -> None:
     """A line in two steps: the first is the best, all others are none, and what ends the training is no line."""
-    section = {"kind": "plateau", "patience": 0, "minimum_improvement": 0.99, "factor": 0.5}
+    section = {"kind": "plateau", "patience": 0, "threshold": 0.99, "factor": 0.5}
     config = tiny_config(schedule=section, train={"steps": 9, "log_every": 2})
     del config["train"]["epochs"]
     trainer = Trainer(parse_config(config), backend)

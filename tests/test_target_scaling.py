@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import gpu_bp
-from gpu_bp import Model, NumpyBackend, UserError, load_data, parse_config
+from gpu_bp import Model, NumpyBackend, Task, UserError, load_data, parse_config
 from gpu_bp.backends import Backend
 from gpu_bp.data.preparation import Preparation
 from gpu_bp.data.shards import write_shards
@@ -186,3 +186,11 @@ def test_targets_that_do_not_vary(tiny_config: Tiny, tmp_path: Path) -> None:
     dataset = load_data(config_of(tiny_config, {**data, "target_scaling": "standardise"}))
     assert (dataset.preparation.target_shift, dataset.preparation.target_scale) == ((0.1,), (1.0,))
     np.testing.assert_array_equal(dataset.rows().targets, 0)
+
+
+def test_a_spread_in_raw_units() -> None:
+    """A deviation in the target's unit, a variance in its square; nothing is added."""
+    task = Task("none")
+    preparation = Preparation(task, None, (0.0,), (1.0,), (100.0, -5.0), (3.0, 0.5))
+    np.testing.assert_array_equal(preparation.raw_spread(np.ones((2, 2)), 1), [[3.0, 0.5]] * 2)
+    np.testing.assert_array_equal(preparation.raw_spread(np.ones((2, 2)), 2), [[9.0, 0.25]] * 2)

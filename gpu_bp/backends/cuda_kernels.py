@@ -198,7 +198,7 @@ def class_weights(indexed: bool, weighted: bool) -> Kernel:
         if indexed
         else """
         const S* d = &targets[i * n];
-        long long c = n == 1 && d[0] > S(0);
+        long long c = n == 1 && d[0] >= S(0.5);
         for (long long j = 1; j < n; ++j) if (d[j] > d[c]) c = j;
         """
     )

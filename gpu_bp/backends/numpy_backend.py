@@ -156,7 +156,7 @@ class NumpyBackend:
         if targets.ndim == 2:
             index = self._scratch_like(targets).row_index
             if targets.shape[1] == 1:
-                np.greater(targets[:, 0], 0, out=index, casting="unsafe")
+                np.greater_equal(targets[:, 0], 0.5, out=index, casting="unsafe")
             else:
                 np.argmax(targets, axis=1, out=index)
         np.take(table, index, out=out, mode="clip")

@@ -41,15 +41,8 @@ def class_counts(dataset: Dataset) -> np.ndarray:
     n, step = min(source.n_rows, FITTED_ROWS), source.read_rows
     for start in range(0, n, step):
         split = dataset.rows("train", start, min(step, n - start))
-        counts += np.bincount(_numbers(split.targets), split.weights, minlength=len(counts))
+        counts += np.bincount(dataset.task.numbers(split.targets), split.weights, minlength=len(counts))
     return counts
-
-
-def _numbers(targets: np.ndarray) -> np.ndarray:
-    """The class of each row, (n,), however it is coded."""
-    if targets.ndim == 1:
-        return targets
-    return np.asarray(targets.argmax(axis=1) if targets.shape[1] > 1 else targets[:, 0] > 0, np.int64)
 
 
 def class_weights(setting: Literal["balanced"] | Mapping[str, float], dataset: Dataset) -> np.ndarray:

@@ -100,12 +100,12 @@ class Preparation:
             outputs = outputs * np.array(self.target_scale) + np.array(self.target_shift)
         return outputs
 
-    def raw_variances(self, variances: np.ndarray) -> np.ndarray:
-        """Likewise what a regression says of the variance of each target."""
-        variances = variances.astype(np.float64)
+    def raw_spread(self, spread: np.ndarray, power: int) -> np.ndarray:
+        """Likewise the deviation (power 1) or the variance (power 2) of each target."""
+        spread = spread.astype(np.float64)
         for k, column in _numeric(self.columns.targets if self.columns else ()):
-            variances[:, k] *= column.sd**2
-        return variances * np.array(self.target_scale) ** 2 if self.target_shift else variances
+            spread[:, k] *= column.sd**power
+        return spread * np.array(self.target_scale) ** power if self.target_shift else spread
 
     def output_names(self, n_outputs: int) -> list[str]:
         """A name for each output: the target columns, the classes, or y1, y2, ..."""

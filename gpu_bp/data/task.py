@@ -27,13 +27,12 @@ class Task:
         return "regression" if self.decision == "none" else "classification"
 
     def wrong(self, outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """Which rows have any output wrong: (rows,) bool, for outputs (rows, n) and their targets."""
+        """Which rows have any output wrong: (rows,) bool, for outputs (rows, n) and their targets; a NaN is."""
         if self.decision == "argmax":
-            wanted = targets if targets.ndim == 1 else targets.argmax(axis=1)
-            return np.asarray(outputs.argmax(axis=1) != wanted)
+            return np.asarray((self.numbers(outputs) != self.numbers(targets)) | np.isnan(outputs).any(axis=1))
         if self.decision == "sign":
             return np.asarray((np.sign(outputs) != np.sign(targets)).any(axis=1))
-        return np.asarray((~(np.abs(outputs - targets) < 0.5)).any(axis=1))  # a NaN is wrong
+        return np.asarray((~(np.abs(outputs - targets) < 0.5)).any(axis=1))
 
     def decide(self, outputs: np.ndarray) -> np.ndarray:
         """The classes decided: (rows,) of class names or numbers for argmax, else (rows, n) of -1/1 or 0/1."""
