@@ -30,7 +30,7 @@ from gpu_bp.generate import generate as generate_shards
 from gpu_bp.gradcheck import TOLERANCE, check_gradients
 from gpu_bp.model import Model
 from gpu_bp.progress import watch
-from gpu_bp.run_folder import RunFolder
+from gpu_bp.run_folder import RunFolder, finite
 from gpu_bp.runs import evaluate as evaluate_run
 from gpu_bp.runs import train as train_run
 from gpu_bp.trainer import build_network
@@ -311,4 +311,4 @@ def _csv(names: list[str], columns: list[np.ndarray]) -> str:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+    print(json.dumps(finite(value), indent=2, allow_nan=False))

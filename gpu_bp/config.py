@@ -6,6 +6,7 @@ Schema, for editors.
 
 from __future__ import annotations
 
+import numbers
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -25,6 +26,10 @@ from gpu_bp.spec import Activation, FusedLoss, Loss, RowActivation
 LossName = Annotated[str, Field(json_schema_extra=names_of(registry.LOSSES))]
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 class LossSection(Choice):
     """The loss, and its parameters beside its name: {kind = "huber", threshold = 0.5}."""
 
@@ -38,8 +43,9 @@ class LossSection(Choice):
     @field_validator("class_weight", mode="before")
     @classmethod
     def _readable(cls, value: Any) -> Any:
-        numbers = isinstance(value, dict) and all(type(weight) in (int, float) for weight in value.values())
-        if value not in (None, "balanced") and not numbers:
+        if isinstance(value, dict) and all(_is_number(weight) for weight in value.values()):
+            return {str(name): float(weight) for name, weight in value.items()}
+        if value not in (None, "balanced"):
             raise ValueError(f'must be "balanced", or a number a class such as {{cat = 2.0}}, not {value!r}')
         return value
 

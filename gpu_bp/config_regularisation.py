@@ -37,11 +37,9 @@ class RegularisationSection(Section):
         Raises:
             ValueError: another number of dropout rates is listed, or there is no layer for them.
         """
-        rates: tuple[float, ...] = ()
-        if any(self.dropout):
-            if len(self.dropout) not in (1, n_hidden) or not n_hidden:
-                raise ValueError(f"a list of {len(self.dropout)} for {n_hidden} hidden layers; give one rate a layer")
-            rates = tuple(self.dropout * n_hidden if len(self.dropout) == 1 else self.dropout)
+        if self.dropout != [0.0] and (len(self.dropout) not in (1, n_hidden) or not n_hidden):
+            raise ValueError(f"a list of {len(self.dropout)} for {n_hidden} hidden layers; give one rate a layer")
+        rates = tuple(self.dropout * n_hidden if len(self.dropout) == 1 else self.dropout) if any(self.dropout) else ()
         noise = Noise(seed, rates, self.input_dropout, self.input_noise)
         return noise if noise.dropout or noise.on_inputs else None
 

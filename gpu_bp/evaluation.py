@@ -47,17 +47,35 @@ class Evaluator:
         self.rows = min(source.n_rows, self._steps * self._batches.size)
         self.weighed = False
 
+    def try_metrics(self) -> None:
+        """Where there are metrics of a user's own, computes all of the first batch, and forgets them.
+
+        Raises:
+            UserError: such a function fails, or gives something else than a number.
+        """
+        if self.metrics.has_own:
+            self._evaluate(1)
+
     def __call__(self) -> dict[str, Any]:
         """`loss`, the mean over the rows, and the metrics. Waits for the device."""
+        return self._evaluate(self._steps)
+
+    def _evaluate(self, steps: int) -> dict[str, Any]:
         to_host = self._backend.to_host
         with np.errstate(over="ignore", invalid="ignore"):  # where a loss is not finite, the caller sees it
-            for batch in islice(self._batches.epoch(0, follows=False), self._steps):
+            for batch in islice(self._batches.epoch(0, follows=False), steps):
                 outputs = self._objective.forward(batch)
                 weights = None if batch.weights is None else to_host(batch.weights)
                 self.metrics.add(to_host(outputs), to_host(batch.targets), weights)
         result = {"loss": self._objective.mean_loss(), **self.metrics.result()}
         self.weighed = self._objective.weighed
         return result
+
+
+def try_metrics(made: Mapping[str, Evaluator]) -> None:
+    """Calls the metrics of a user's own once, on the first rows of each split, so that none fails after a training."""
+    for evaluator in made.values():
+        evaluator.try_metrics()
 
 
 def evaluators(

@@ -209,6 +209,11 @@ class Metrics:
         self._begin()
 
     @property
+    def has_own(self) -> bool:
+        """Whether any of them is a function of a user's own."""
+        return any(isinstance(metric.value, Own) for metric in self._metrics)
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """The keys of the result."""
         return tuple(self._of)

@@ -70,7 +70,7 @@ def _curves(folder: RunFolder) -> Path:
         _decades(top, losses)
     top.set_ylabel("mean loss of a row")
     top.grid(alpha=0.3)
-    top.legend(loc="upper right")
+    figure.legend(loc="outside upper right", ncols=2)  # where it covers no curve
     if bottom is not top:
         bottom.plot(steps, rates, color="tab:gray", marker=marker, linewidth=1.2)
         bottom.set_ylabel("learning rate")

@@ -101,7 +101,7 @@ class RunFolder:
     def add_metrics(self, line: dict[str, Any]) -> None:
         """Appends a line of metrics."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+            file.write(json.dumps(finite(line), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics."""
@@ -110,7 +110,7 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes the summary, whole or not at all."""
         part = self.summary_file.with_name("summary.json.part")
-        part.write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(finite(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         part.replace(self.summary_file)
 
 
@@ -127,8 +127,8 @@ def _fresh(parent: Path, name: str) -> Path:
     raise AssertionError
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
     if isinstance(value, dict):
-        return {key: _finite(member) for key, member in value.items()}
+        return {key: finite(member) for key, member in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def _save(trainer: Trainer, folder: RunFolder) -> int:
     if steps:
         trainer.model.save(folder.model_file)
         if trainer.average:
-            Model(trainer.average.network, trainer.model.preparation).save(folder.average_file)
+            replace(trainer.model, network=trainer.average.network).save(folder.average_file)
     return steps
 
 

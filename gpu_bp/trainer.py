@@ -19,7 +19,7 @@ from gpu_bp.data.batches import Batches
 from gpu_bp.data.classes import class_weights
 from gpu_bp.data.sources import settle
 from gpu_bp.errors import UserError, unknown
-from gpu_bp.evaluation import Evaluator, evaluate, evaluators
+from gpu_bp.evaluation import Evaluator, evaluate, evaluators, try_metrics
 from gpu_bp.initial import initialise
 from gpu_bp.model import Model
 from gpu_bp.network import Network
@@ -109,6 +109,7 @@ class Trainer:
         self._averaged = evaluators(self.average.network, loss, sources, train.metric_records()) if self.average else {}
         self._step = self._build_step(loss)
         self.selection = self._build_selection()
+        try_metrics(self._evaluators)
         self.steps = self.rows = 0
         self.seconds = 0.0
         self.stopped = ""
@@ -162,9 +163,10 @@ class Trainer:
 
     def _refuse_without_validation(self, table: str, metric: str) -> None:
         if metric.removeprefix("average_").startswith("validation_") and "validation" not in self._evaluators:
+            key = "a source of them" if self.config.data.kind == "own" else "data.validation_rows"
             raise UserError(
-                f"{table}.metric is {metric}, and there are no validation rows; set data.validation_rows, "
-                f'or {table}.metric = "train_loss"'
+                f"{table}.metric is {metric}, and there are no validation rows; give {key}, "
+                f'or set {table}.metric = "train_loss"'
             )
 
     def run(self, interrupted: Callable[[], bool] = lambda: False) -> Generator[dict[str, Any] | None, None, None]:

@@ -133,9 +133,10 @@ def of_another_backend() -> Source:
         ({}, "sources must be named train, and perhaps validation and test, not none at all"),
         ({"training": Waves(9)}, "must be named train, and perhaps validation and test, not training"),
         ({"train": Waves(9), "tset": Waves(9)}, "and perhaps validation and test, not train, tset"),
+        ({"train": Waves(1.5)}, "the train source must have a row or more, not n_rows = 1.5"),  # type: ignore[arg-type]
         ({"train": np.ones((9, 2))}, "the train source must be a gpu_bp.Source, not ndarray"),
-        ({"train": Waves(0)}, "the train source has no rows"),
-        ({"train": Waves(9), "test": Waves(0)}, "the test source has no rows"),
+        ({"train": Waves(0)}, "the train source must have a row or more, not n_rows = 0"),
+        ({"train": Waves(9), "test": Waves(0)}, "the test source must have a row or more, not n_rows = 0"),
         (
             {"train": Waves(9), "test": Waves(9, n_inputs=3)},
             "the test source has 3 inputs and 1 targets a row, task none, and the train source 2 inputs and 1 targets",
@@ -177,6 +178,40 @@ def test_sources_for_other_data(own: Tiny, tiny_config: Tiny, tmp_path: Path) ->
     gpu_bp.train(own(), sources=splits(), backend="numpy", run=tmp_path / "own", pictures=False)
     with pytest.raises(UserError, match="takes 2 inputs and gives 1 outputs; .* need 3 inputs and 1 outputs"):
         gpu_bp.evaluate(tmp_path / "own", sources={"train": Waves(9, n_inputs=3)}, backend="numpy")
+
+
+class Wrong(Waves):
+    """Row 100 is not as it promises: in one of the arrays it has that value."""
+
+    def __init__(self, array: str, value: float, *, classes: bool = False) -> None:
+        super().__init__(200, classes=classes)
+        self.weighted = array == "weights"
+        self.array, self.value = array, value
+
+    def fill(self, rows: Any, batch: Batch) -> None:
+        super().fill(rows, batch)
+        if batch.weights is not None:
+            batch.weights[:] = 1
+        getattr(batch, self.array)[rows == 100] = self.value
+
+
+@pytest.mark.parametrize("residency", ["host", "device"])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (Wrong("inputs", np.nan), "row 100 of the train source has inputs that are not finite"),
+        (Wrong("targets", np.inf), "row 100 of the train source has targets that are not finite"),
+        (Wrong("targets", 2, classes=True), "row 100 of the train source has a class that is none of 0 to 1"),
+        (Wrong("targets", -1, classes=True), "row 100 of the train source has a class that is none of 0 to 1"),
+        (Wrong("weights", -1.0), "row 100 of the train source has a weight that is negative or not finite"),
+        (Wrong("weights", np.nan), "row 100 of the train source has a weight that is negative or not finite"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rows_that_are_not_as_promised(own: Tiny, in_tmp: Path, source: Wrong, message: str, residency: str) -> None:
+    config = own(source.indexed, data={"residency": residency})
+    with pytest.raises(UserError, match=message):
+        gpu_bp.train(config, sources={"train": source}, backend="numpy", run="run")
 
 
 @pytest.mark.parametrize("residency", ["host", "device"])

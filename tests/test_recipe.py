@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import gpu_bp
-from gpu_bp import Batches, Objective, Optimizer, Step, UserError, parse_config, registry
+from gpu_bp import Batches, Model, Objective, Optimizer, Step, UserError, parse_config, registry
 from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.config_regularisation import RegularisationSection
 from gpu_bp.config_training import StoppingSection
@@ -183,6 +183,18 @@ def test_selection_by_hand(
     }
 
 
+@pytest.mark.parametrize("loss", [{"kind": "quantile", "levels": [0.1, 0.9]}, {"kind": "gaussian_nll"}])
+def test_the_average_says_what_its_outputs_are(tiny_config: Tiny, in_tmp: Path, loss: dict[str, Any]) -> None:
+    """As the network beside it: named, and in raw units."""
+    data = {"kind": "heteroscedastic", "rows": 50, "target_scaling": "standardise"}
+    config = {**tiny_config(loss=loss, train={"average_decay": 0.5}), "data": data}
+    gpu_bp.train(config, backend="numpy", run="run", pictures=False)
+    np.save("x.npy", np.linspace(0, 1, 5)[:, None])
+    raw, average = (Model.load(Path(f"run/{name}.safetensors"), NumpyBackend()) for name in ("model", "average"))
+    assert (average.loss.name, average.loss.values) == (raw.loss.name, raw.loss.values)
+    assert average.predict(Path("x.npy"))[0] == raw.predict(Path("x.npy"))[0]
+
+
 def test_the_best_and_the_last_are_saved(tiny_config: Tiny, backend: Backend, in_tmp: Path) -> None:
     """With patience the training stops so many lines after its best one, which is the model; the average is of then."""
     train = {"epochs": 60, "average_decay": 0.9, "precision": "float64"}
@@ -224,7 +236,7 @@ def test_a_training_that_diverges_leaves_its_best(tiny_config: Tiny, in_tmp: Pat
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"stopping": {}, "data": {"validation_rows": 0}}, "there are no validation rows; set data.validation_rows"),
+        ({"stopping": {}, "data": {"validation_rows": 0}}, "there are no validation rows; give data.validation_rows"),
         ({"stopping": {"metric": "validation_acc"}}, "stopping.metric: .*did you mean validation_accuracy"),
         ({"stopping": {"metric": "seconds"}}, "stopping.metric: unknown metric 'seconds'"),
         ({"stopping": {"metric": "average_validation_loss"}}, "no average is kept; set train.average_decay"),

@@ -287,7 +287,7 @@ def test_lines_of_metrics_are_the_unit_of_patience(backend: Backend, tiny_config
         ({"schedule": {"kind": "plateau", "minimum": 0.2}}, "schedule.minimum is 0.2, above the learning rate of 0.1"),
         (
             {"schedule": {"kind": "plateau", "metric": "validation_loss"}, "data": {"validation_rows": 0}},
-            "schedule.metric is validation_loss, and there are no validation rows; set data.validation_rows, or ",
+            "schedule.metric is validation_loss, and there are no validation rows; give data.validation_rows, or ",
         ),
         ({"schedule": {"kind": "plateau", "metric": "loss"}}, "schedule.metric: unknown 'loss'; did you mean"),
         ({"schedule": "inverse_time"}, "schedule.after is missing"),

@@ -19,7 +19,7 @@ from gpu_bp.data.columns import Columns
 from gpu_bp.data.preparation import Coding, Preparation, check_targets, code_labels, code_targets, fit_scaling
 from gpu_bp.data.shards import ShardReader
 from gpu_bp.data.source import Reader, Source
-from gpu_bp.data.sources import FileSource, GeneratedSource, SetReader, empty
+from gpu_bp.data.sources import CheckedSource, FileSource, GeneratedSource, SetReader, empty
 from gpu_bp.data.synthetic import make_set
 from gpu_bp.data.table import Table
 from gpu_bp.data.table_reader import TableReader, open_table
@@ -123,8 +123,8 @@ def own_data(sources: Mapping[str, Source], loss: Loss, backend: Backend) -> Dat
     for name, source in sources.items():
         if not isinstance(source, Source):
             raise UserError(f"the {name} source must be a gpu_bp.Source, not {type(source).__name__}")
-        if source.n_rows < 1:
-            raise UserError(f"the {name} source has no rows")
+        if not isinstance(source.n_rows, int) or source.n_rows < 1:
+            raise UserError(f"the {name} source must have a row or more, not n_rows = {source.n_rows}")
         if source.backend not in (None, backend):
             raise UserError(f"the {name} source is of another backend than the network's; give both the same")
         if _of(source) != _of(train):
@@ -136,7 +136,8 @@ def own_data(sources: Mapping[str, Source], loss: Loss, backend: Backend) -> Dat
     if loss.values.get("label_smoothing") and train.task.kind == "regression":
         raise UserError("the sources' task is a regression, and label_smoothing is for classifications; leave it out")
     preparation = Preparation(train.task, None, (0.0,) * train.n_inputs, (1.0,) * train.n_inputs)
-    return _with_weight(Dataset(sources, preparation))
+    checked = {name: CheckedSource(source, name) for name, source in sources.items()}
+    return _with_weight(Dataset(checked, preparation))
 
 
 def _source(split: str, choice: SourceChoice, seed: int, backend: Backend) -> Any:

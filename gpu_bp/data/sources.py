@@ -37,6 +37,48 @@ def put(values: np.ndarray, out: np.ndarray, what: str, first: int = 0) -> None:
         )
 
 
+class CheckedSource(Source):
+    """A source of a user's own, its rows looked at where they are filled on the host.
+
+    Raises:
+        UserError: (by `fill`) a row is not as the source promises (which, and how).
+    """
+
+    def __init__(self, source: Source, name: str) -> None:
+        super().__init__(
+            source.n_rows,
+            source.n_inputs,
+            source.n_targets,
+            source.task,
+            indexed=source.indexed,
+            weighted=source.weighted,
+            block_rows=source.block_rows,
+        )
+        self.backend = source.backend
+        self._source = source
+        self._name = name
+
+    def fill(self, rows: Array, batch: Batch) -> None:
+        self._source.fill(rows, batch)
+        if isinstance(batch.inputs, np.ndarray):
+            self._check(rows, batch)
+
+    def _check(self, rows: np.ndarray, batch: Batch) -> None:
+        self._refuse(~np.isfinite(batch.inputs).all(axis=1), rows, "has inputs that are not finite")
+        if self.indexed:
+            outside = (batch.targets < 0) | (batch.targets >= self.n_targets)
+            self._refuse(outside, rows, f"has a class that is none of 0 to {self.n_targets - 1}")
+        else:
+            self._refuse(~np.isfinite(batch.targets).all(axis=1), rows, "has targets that are not finite")
+        if batch.weights is not None:
+            right = (batch.weights >= 0) & np.isfinite(batch.weights)
+            self._refuse(~right, rows, "has a weight that is negative or not finite")
+
+    def _refuse(self, wrong: np.ndarray, rows: np.ndarray, what: str) -> None:
+        if wrong.any():
+            raise UserError(f"row {rows[int(wrong.argmax())]} of the {self._name} source {what}")
+
+
 class FileSource(Source):
     """Rows first to first + n of a reader, prepared."""
 
