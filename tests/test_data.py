@@ -243,6 +243,11 @@ def test_counts_are_not_standardised(tiny_config: Tiny, tmp_path: Path) -> None:
     np.testing.assert_array_equal(dataset.rows("train").targets, [[3], [0], [7]])
 
 
+def test_targets_that_no_standardising_suits(tiny_config: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="standardise_columns: loss poisson takes the target price as it is; leave it"):
+        load_table(tiny_config, tmp_path / "t.csv", loss="poisson", standardise_columns=["size", "price"])
+
+
 def test_numeric_categories_stand_in_their_order(tiny_config: Tiny, tmp_path: Path) -> None:
     text = "hour,price\n10,1\n9,2\n2,3\n"
     dataset = load_table(tiny_config, tmp_path / "t.csv", text, drop_columns=[], categorical_columns=["hour"])

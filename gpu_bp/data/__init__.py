@@ -252,6 +252,9 @@ def _arrays(data: ArrayData, loss: Loss, preparation: Preparation | None) -> Arr
 
 
 def _fit_columns(table: Table, data: TableData, loss: Loss) -> Columns:
+    both = [name for name in data.target_columns if name in (data.standardise_columns or ())]
+    if both and loss.targets != "real":
+        raise UserError(f"data.standardise_columns: loss {loss.name} takes the target {both[0]} as it is; leave it out")
     return Columns.fit(
         table,
         _n_train(table.n_rows, data, data.path),
