@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, bike_sharing
 
+from benchmarks.curves import CHANGED
 from cuda_on_cpu import codegen
 from cuda_on_cpu.backend import MODULE, cupy_backend_module, cupy_on_cpu
 from cuda_on_cpu.fake_cupy import FakeCupy
@@ -217,7 +218,7 @@ def test_a_captured_step_can_be_replayed(loss: str) -> None:
 
 
 def config_overrides(name: str) -> list[str]:
-    overrides = ["train.precision=float64", "train.log_every=1"]
+    overrides = ["train.precision=float64", "train.log_every=1", *CHANGED.get(name, ())]
     if name == "bike-sharing":
         overrides.append(f"data.path={bike_sharing()}")
     return overrides
