@@ -198,7 +198,7 @@ class Trainer:
                         yield None
                         continue
                     line: dict[str, Any] = {"epoch": epoch + 1, "step": self.steps, "rows": self.rows}
-                    train_loss = objective.mean_loss()
+                    train_loss, weighed = objective.mean_loss(), objective.weighed
                     self.seconds = time.perf_counter() - begin
                     line |= {"seconds": self.seconds, "learning_rate": rate, "train_loss": train_loss}
                     line |= self._evaluate_line()
@@ -207,7 +207,7 @@ class Trainer:
                     if self.steps % self._log_every == 0:  # no line that only ends the training
                         optimizer.schedule.observe(line)
                     yield line
-                    if objective.weighed:
+                    if weighed:
                         self._refuse_divergence(train_loss)
                     begin = time.perf_counter() - self.seconds  # what evaluation took is not training
                     if last or self.stopped:

@@ -18,6 +18,7 @@ import numpy as np
 
 from gpu_bp.backends import cuda_kernels as kernels
 from gpu_bp.backends import cuda_rows
+from gpu_bp.backends.cuda_rows import CUDA_NAMES
 from gpu_bp.formula import Program
 from gpu_bp.registry import Permutations, Purpose
 from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, GroupedLoss, Loss, Penalty, RowActivation, Update
@@ -59,9 +60,6 @@ def cublas() -> Any:
     import cupy.cublas
 
     return cupy.cublas
-
-
-_CUDA_NAMES = cuda_rows.CUDA_NAMES
 
 
 @functools.cache
@@ -243,12 +241,12 @@ class CupyBackend:
         compiled(kernels.add())(a, b, out)
 
     def normalise(self, product: Array, gains: Array, biases: Array | None, scale: Array, net_input: Array) -> None:
-        source = cuda_rows.normalise_source(_CUDA_NAMES[product.dtype], biases is not None)
+        source = cuda_rows.normalise_source(CUDA_NAMES[product.dtype], biases is not None)
         bias = gains if biases is None else biases
         self._by_rows("gpu_bp_normalise", source, product.shape, product, gains, bias, scale, net_input)
 
     def normalise_delta(self, delta: Array, normalised: Array, scale: Array, gains: Array) -> None:
-        source = cuda_rows.normalise_delta_source(_CUDA_NAMES[delta.dtype])
+        source = cuda_rows.normalise_delta_source(CUDA_NAMES[delta.dtype])
         self._by_rows("gpu_bp_normalise_delta", source, delta.shape, delta, normalised, scale, gains)
 
     def column_dots(self, x: Array, y: Array, out: Array) -> None:
@@ -277,7 +275,7 @@ class CupyBackend:
         compiled(kernels.step_factor())(scale, total, length, limit, out)
 
     def limit_norms(self, weights: Array, most: float) -> None:
-        source = cuda_rows.limit_norm_source(_CUDA_NAMES[weights.dtype])
+        source = cuda_rows.limit_norm_source(CUDA_NAMES[weights.dtype])
         self._by_rows("gpu_bp_limit_norm", source, weights.shape, weights, weights.dtype.type(most))
 
     def average(self, parameters: Array, average: Array, rest: float) -> None:
@@ -367,7 +365,7 @@ class CupyBackend:
         delta: Array,
     ) -> None:
         target = net_input if target is None else target  # softmax alone reads none
-        name, types = f"gpu_bp_{record.name}", (_CUDA_NAMES[net_input.dtype], _CUDA_NAMES[target.dtype])
+        name, types = f"gpu_bp_{record.name}", (CUDA_NAMES[net_input.dtype], CUDA_NAMES[target.dtype])
         source = cuda_rows.row_kernel_source(name, text, *types, tuple(record.values))
         parameters = (net_input.dtype.type(value) for value in record.values.values())
         self._by_rows(name, source, net_input.shape, net_input, target, output, losses, delta, *parameters)
