@@ -37,14 +37,10 @@ def put(values: np.ndarray, out: np.ndarray, what: str, first: int = 0) -> None:
         )
 
 
-class CheckedSource(Source):
-    """A source of a user's own, its rows looked at where they are filled on the host.
+class _SameRows(Source):
+    """A source of the rows of another."""
 
-    Raises:
-        UserError: (by `fill`) a row is not as the source promises (which, and how).
-    """
-
-    def __init__(self, source: Source, name: str) -> None:
+    def __init__(self, source: Source, block_rows: int) -> None:
         super().__init__(
             source.n_rows,
             source.n_inputs,
@@ -52,8 +48,19 @@ class CheckedSource(Source):
             source.task,
             indexed=source.indexed,
             weighted=source.weighted,
-            block_rows=source.block_rows,
+            block_rows=block_rows,
         )
+
+
+class CheckedSource(_SameRows):
+    """A source of a user's own, its rows looked at where they are filled on the host.
+
+    Raises:
+        UserError: (by `fill`) a row is not as the source promises (which, and how).
+    """
+
+    def __init__(self, source: Source, name: str) -> None:
+        super().__init__(source, source.block_rows)
         self.backend = source.backend
         self._source = source
         self._name = name
@@ -179,21 +186,13 @@ class SetReader:
         return Rows(inputs, labels=wanted[:, 0]) if self.classes else Rows(inputs, targets=wanted)
 
 
-class ResidentSource(Source):
+class ResidentSource(_SameRows):
     """A source whose rows all lie on the device: `inputs` (n, n_inputs) and `targets`, as in a `Batch`."""
 
     backend: Backend
 
     def __init__(self, backend: Backend, source: Source, dtype: Any) -> None:
-        super().__init__(
-            source.n_rows,
-            source.n_inputs,
-            source.n_targets,
-            source.task,
-            indexed=source.indexed,
-            weighted=source.weighted,
-            block_rows=1,
-        )
+        super().__init__(source, 1)
         self.backend = backend
         self._held = arrays(backend, source, source.n_rows, dtype)
         self.inputs, self.targets = self._held[:2]
@@ -211,21 +210,13 @@ class ResidentSource(Source):
             self.backend.gather(held, rows, out)
 
 
-class UploadedSource(Source):
+class UploadedSource(_SameRows):
     """A source of the host, its rows copied to the device as they are asked for."""
 
     backend: Backend
 
     def __init__(self, backend: Backend, source: Source) -> None:
-        super().__init__(
-            source.n_rows,
-            source.n_inputs,
-            source.n_targets,
-            source.task,
-            indexed=source.indexed,
-            weighted=source.weighted,
-            block_rows=source.block_rows,
-        )
+        super().__init__(source, source.block_rows)
         self.backend = backend
         self._source = source
 
