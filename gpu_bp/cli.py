@@ -34,6 +34,7 @@ from gpu_bp.run_folder import RunFolder, finite
 from gpu_bp.runs import evaluate as evaluate_run
 from gpu_bp.runs import train as train_run
 from gpu_bp.trainer import build_network
+from gpu_bp.whole_file import PartFile, write_whole
 
 app = typer.Typer(
     help="Backpropagation for dense networks, on CuPy or NumPy.",
@@ -153,14 +154,13 @@ def predict(
     if out is None:
         print(_csv(names, columns), end="")
         return
-    part = out.with_name(out.name + ".part")
     if out.suffix == ".csv":
-        part.write_text(_csv(names, columns), encoding="utf-8")
-    else:
-        values = [column for name, column in zip(names, columns, strict=True) if not name.startswith("class")]
-        with part.open("wb") as stream:
-            np.save(stream, np.stack(values, axis=1).astype(np.float64), allow_pickle=False)
-    part.replace(out)
+        write_whole(out, _csv(names, columns))
+        return
+    values = [column for name, column in zip(names, columns, strict=True) if not name.startswith("class")]
+    with PartFile(out) as part:
+        np.lib.format.write_array(part, np.stack(values, axis=1).astype(np.float64), allow_pickle=False)
+        part.finish()
 
 
 @app.command()

@@ -23,6 +23,7 @@ from gpu_bp.config import Config
 from gpu_bp.config_file import dump_config, load_config
 from gpu_bp.errors import UserError, unknown
 from gpu_bp.own import Piece
+from gpu_bp.whole_file import write_whole
 
 MODELS = ("model", "last", "average")
 
@@ -52,7 +53,7 @@ class RunFolder:
             cls.refuse_used(path)
             path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
-        folder.config_file.write_text(text, encoding="utf-8")
+        write_whole(folder.config_file, text)
         folder.metrics_file.touch()
         return folder
 
@@ -109,9 +110,7 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes the summary, whole or not at all."""
-        part = self.summary_file.with_name("summary.json.part")
-        part.write_text(json.dumps(finite(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(self.summary_file)
+        write_whole(self.summary_file, json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
 
 
 def _fresh(parent: Path, name: str) -> Path:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from gpu_bp.errors import UserError
+from gpu_bp.whole_file import part_of, put_in_place
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -40,9 +41,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file, whole or not at all. Raises UserError where it cannot be written."""
-    part = path.with_name(path.name + ".part")
     try:
-        save_file(dict(tensors), part, metadata=metadata)
-        part.replace(path)
+        save_file(dict(tensors), part_of(path), metadata=metadata)
+        put_in_place(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {error}") from None

@@ -16,11 +16,12 @@ from rich.console import Console
 from gpu_bp import UserError, load_config
 from gpu_bp.backends import NumpyBackend
 from gpu_bp.cli import main
-from gpu_bp.data.shard_manifest import Manifest, PartFile
+from gpu_bp.data.shard_manifest import Manifest
 from gpu_bp.data.shards import FILE_FORMATS, ShardReader
 from gpu_bp.data.sources import SetReader
 from gpu_bp.data.synthetic import make_set
 from gpu_bp.generate import generate
+from gpu_bp.whole_file import PartFile
 
 MOON = ROOT / "configs/double-moon.toml"
 

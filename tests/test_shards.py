@@ -25,9 +25,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_bp import UserError
-from gpu_bp.data.shard_manifest import Manifest, PartFile
+from gpu_bp.data.shard_manifest import Manifest
 from gpu_bp.data.shards import FILE_FORMATS, ShardReader, write_shards
 from gpu_bp.data.source import Reader, Rows
+from gpu_bp.whole_file import PartFile
 
 ROWS, SHARD_ROWS = 2500, 1100  # three shards, the last one shorter; the first two end in a shorter block
 CONFIG = {"seed": 3, "data": {"kind": "made-up", "noise": 0.1}}

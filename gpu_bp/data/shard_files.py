@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpu_bp.data.arrays import read_into
-from gpu_bp.data.shard_manifest import MANIFEST, Manifest, PartFile, ShardFile
+from gpu_bp.data.shard_manifest import MANIFEST, Manifest, ShardFile
 from gpu_bp.errors import UserError
+from gpu_bp.whole_file import PartFile
 
 Blocks = Iterable[tuple[np.ndarray, np.ndarray]]  # inputs and wanted, C-contiguous
 
@@ -69,7 +70,8 @@ class NpyFiles:
             for inputs, wanted in blocks:
                 inputs_file.write(inputs.data)
                 wanted_file.write(wanted.data)
-            return inputs_file.finish(), wanted_file.finish()
+            files = zip((inputs_file, wanted_file), self.names(index), strict=True)
+            return tuple(ShardFile.finish(file, name) for file, name in files)
 
     def read(self, index: int, start: int, inputs: np.ndarray, wanted: np.ndarray) -> None:
         for name, expected, out in zip(self.names(index), self._arrays(index), (inputs, wanted), strict=True):
@@ -135,7 +137,7 @@ class ParquetFiles:
                 arrays = [self._pyarrow.array(np.ascontiguousarray(column)) for column in columns]
                 writer.write_table(self._pyarrow.Table.from_arrays(arrays, schema=self._schema))
             writer.close()
-            return (file.finish(),)
+            return (ShardFile.finish(file, self.names(index)[0]),)
 
     def read(self, index: int, start: int, inputs: np.ndarray, wanted: np.ndarray) -> None:
         done = 0

@@ -1,4 +1,4 @@
-"""The manifest of a shard folder, and files that are there whole or not at all.
+"""The manifest of a shard folder.
 
 A shard folder holds rows in shards of `shard_rows` rows, and `manifest.json`, which says what the rows are and lists
 every shard that is finished with the size and the checksum of each of its files. What is listed is whole, at any time.
@@ -6,22 +6,15 @@ every shard that is finished with the size and the checksum of each of its files
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
-import os
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gpu_bp.errors import UserError
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from gpu_bp.whole_file import PartFile, write_whole
 
 MANIFEST = "manifest.json"
 AGAIN = "run `gpu-bp generate` again"
@@ -39,6 +32,12 @@ class ShardFile(_Record):
     name: str
     bytes: int
     crc32: int
+
+    @classmethod
+    def finish(cls, file: PartFile, name: str) -> ShardFile:
+        """Puts a file in its place."""
+        file.finish()
+        return cls(name=name, bytes=file.bytes, crc32=file.crc32)
 
 
 class Shard(_Record):
@@ -112,9 +111,7 @@ class Manifest(_Record):
 
     def write(self, folder: Path) -> None:
         """Replaces the folder's manifest, whole or not at all."""
-        with PartFile(folder / MANIFEST) as file:
-            file.write((self.model_dump_json(indent=1) + "\n").encode())
-            file.finish()
+        write_whole(folder / MANIFEST, self.model_dump_json(indent=1) + "\n")
 
     @property
     def n_shards(self) -> int:
@@ -140,59 +137,6 @@ class Manifest(_Record):
                     f"{folder} holds other rows: {key} is {theirs.get(key)} there and {ours.get(key)} here; "
                     "choose another folder, or remove it"
                 )
-
-
-class PartFile(io.RawIOBase):
-    """A file being written as `*.part`: `finish` gives it its name; closed before that, it is removed.
-
-    `write` writes all of what it is given, and raises OSError with the name of the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._part = path.with_name(path.name + ".part")
-        self._bytes = self._crc32 = 0
-        self._file = self._part.open("wb", buffering=0)
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: ReadableBuffer, /) -> int:
-        view = memoryview(data).cast("B")
-        n = len(view)
-        self._bytes += n
-        self._crc32 = zlib.crc32(view, self._crc32)
-        with self._named():
-            while view:
-                view = view[self._file.write(view) :]
-        return n
-
-    def finish(self) -> ShardFile:
-        """Brings the bytes to the disk, then renames: after a power cut too there is the old file or the new one."""
-        with self._named():
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._part.replace(self._path)
-            if os.name == "posix":  # elsewhere a folder cannot be opened
-                folder = os.open(self._path.parent, os.O_RDONLY)
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
-        return ShardFile(name=self._path.name, bytes=self._bytes, crc32=self._crc32)
-
-    def close(self) -> None:
-        if not self.closed and hasattr(self, "_file"):  # a file that could not be opened has nothing to close
-            super().close()
-            self._file.close()
-            self._part.unlink(missing_ok=True)
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
