@@ -6,7 +6,7 @@ written into arrays that the caller owns. Shapes and dtypes are the caller's pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +25,12 @@ class Backend(Protocol):
     name: str
     device: str
     resident_bytes: int
+
+    def libraries(self) -> dict[str, Any]:
+        """What computes here, by name: versions and settings that results depend on in their last bits.
+
+        Plain values, in a fixed order; "unknown" where one cannot be found out.
+        """
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array of zeros on the device."""
@@ -180,3 +186,11 @@ class Backend(Protocol):
 
     def finish_uploads(self) -> None:
         """The host waits until all uploads so far are made, and may fill their staging memory again."""
+
+
+def or_unknown(ask: Callable[[], Any]) -> Any:
+    """What a question to a library is answered with; "unknown" where that is nothing, or whatever error."""
+    try:
+        return ask() or "unknown"
+    except Exception:
+        return "unknown"

@@ -18,6 +18,7 @@ import numpy as np
 
 from gpu_bp.backends import cuda_kernels as kernels
 from gpu_bp.backends import cuda_rows
+from gpu_bp.backends.base import or_unknown
 from gpu_bp.backends.cuda_rows import CUDA_NAMES
 from gpu_bp.formula import Program
 from gpu_bp.registry import Permutations, Purpose
@@ -52,6 +53,11 @@ def why_unusable() -> str | None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _cuda_version(number: int) -> str:
+    """CUDA's number of a version, 12080, as it is written: 12.8."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 @functools.cache
@@ -148,6 +154,16 @@ class CupyBackend:
         self._generators: weakref.WeakKeyDictionary[Program, Generator] = weakref.WeakKeyDictionary()
         self._uploads = cupy.cuda.Stream(non_blocking=True)
         self._asked, self._uploaded = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
+
+    def libraries(self) -> dict[str, Any]:
+        return {
+            "cupy": cupy.__version__,
+            "cuda runtime": or_unknown(lambda: _cuda_version(cupy.cuda.runtime.runtimeGetVersion())),
+            "cuda driver": or_unknown(lambda: _cuda_version(cupy.cuda.runtime.driverGetVersion())),
+            "cublas": or_unknown(lambda: cupy.cuda.cublas.getVersion(cupy.cuda.device.get_cublas_handle())),
+            "nvrtc": or_unknown(lambda: "{}.{}".format(*cupy.cuda.nvrtc.getVersion())),  # it compiles the kernels
+            "compute capability": or_unknown(lambda: self._device.compute_capability),
+        }
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return cupy.zeros(shape, dtype)

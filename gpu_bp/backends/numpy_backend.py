@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 import platform
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_info
 
+from gpu_bp.backends.base import or_unknown
 from gpu_bp.formula import Program, evaluate
 from gpu_bp.registry import (
     Permutations,
@@ -59,8 +63,11 @@ class NumpyBackend:
     resident_bytes = 2**28
 
     def __init__(self) -> None:
-        self.device = platform.processor() or platform.machine()
+        self.device = str(or_unknown(_processor))
         self._scratch: dict[tuple[tuple[int, ...], Any], Scratch] = {}
+
+    def libraries(self) -> dict[str, Any]:
+        return {"simd": or_unknown(_simd), **_blas()}
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return np.zeros(shape, dtype)
@@ -281,3 +288,41 @@ class NumpyBackend:
         if scratch is None:
             scratch = self._scratch[key] = Scratch(*key)
         return scratch
+
+
+# What the backend's results depend on --------------------------------------------------------------------
+
+
+def _processor() -> str:
+    """What the processor calls itself. BLAS chooses its kernels by it, and the blocks that they work on."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:  # another system than Linux
+        names = []
+    return next(filter(None, names), platform.processor() or platform.machine())
+
+
+def _simd() -> str:
+    """The sets of instructions that NumPy's own loops were chosen for, here and now."""
+    from numpy.lib import introspect  # late: the first NumPy 2 has none
+
+    functions = introspect.opt_func_info().values()
+    return " ".join(sorted({chosen["current"] for signatures in functions for chosen in signatures.values()}))
+
+
+def _blas() -> dict[str, Any]:
+    """NumPy's BLAS: what it is called, with its version and the processor it takes this one for; and its threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as: two OpenMP libraries are loaded, which is no affair of ours
+        loaded = or_unknown(threadpool_info)
+    found = [library for library in loaded if library["user_api"] == "blas"] if loaded != "unknown" else []
+    if not found:  # not one that can be asked, such as Apple's: what NumPy was built with
+        built = or_unknown(lambda: np.show_config(mode="dicts")["Build Dependencies"]["blas"])
+        words = [built.get(key) for key in ("name", "version")] if built != "unknown" else []
+        return {"blas": " ".join(filter(None, words)) or "unknown", "threads": "unknown"}
+    # wheels bring one each, NumPy's in numpy/ or numpy.libs/, and SciPy's is not the one wanted
+    own = str(Path(np.__file__).resolve().parent)
+    found.sort(key=lambda library: (not library["filepath"].startswith(own), library["filepath"]))
+    words = [found[0].get(key) for key in ("internal_api", "version", "architecture")]
+    return {"blas": " ".join(filter(None, words)), "threads": found[0]["num_threads"]}

@@ -40,6 +40,7 @@ class FakeCupy:
         self, order: Order = "forward", *, gemm_in_capture: bool = False, dry: bool = False, lazy: bool = False
     ) -> None:
         codegen.require()
+        self.__version__ = codegen.real_cupy().__version__
         self.device = Device(order, dry=dry, lazy=lazy)
         self._queues = [self.device.queue]
         self._gemm_in_capture = gemm_in_capture
@@ -49,11 +50,16 @@ class FakeCupy:
             getDeviceProperties=lambda number: {"name": b"a CPU that stands in for a GPU"},
             deviceSynchronize=self._synchronise,
             memGetInfo=lambda: (2**32, 2**33),
+            runtimeGetVersion=lambda: 12080,
+            driverGetVersion=lambda: 13010,
             CUDARuntimeError=RuntimeError,
         )
         self.cuda = SimpleNamespace(
             runtime=runtime,
-            Device=lambda number=0: SimpleNamespace(id=number, synchronize=self._synchronise),
+            Device=lambda number=0: SimpleNamespace(id=number, synchronize=self._synchronise, compute_capability="90"),
+            device=SimpleNamespace(get_cublas_handle=lambda: 1),
+            cublas=SimpleNamespace(getVersion=lambda handle: 120804),
+            nvrtc=SimpleNamespace(getVersion=lambda: (12, 8)),
             Stream=self._stream,
             get_current_stream=lambda: Stream(self.device, self.device.queue),
             Event=lambda disable_timing=False: Event(self.device),
