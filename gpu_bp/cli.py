@@ -9,10 +9,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 import platform
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -31,9 +34,11 @@ from gpu_bp.gradcheck import TOLERANCE, check_gradients
 from gpu_bp.model import Model
 from gpu_bp.progress import watch
 from gpu_bp.run_folder import RunFolder, finite
+from gpu_bp.runs import Lines, Result
 from gpu_bp.runs import evaluate as evaluate_run
+from gpu_bp.runs import resume as resume_run
 from gpu_bp.runs import train as train_run
-from gpu_bp.trainer import build_network
+from gpu_bp.trainer import Trainer, build_network
 from gpu_bp.whole_file import PartFile, write_whole
 
 app = typer.Typer(
@@ -46,6 +51,10 @@ app = typer.Typer(
 BackendOption = Annotated[str, typer.Option(help="auto, numpy or cupy; auto takes a GPU where one computes.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TrustOption = Annotated[bool, typer.Option("--trust-code", help="Run the code that the run names as MODULE:OBJECT.")]
+ChangeOption = Annotated[
+    list[str] | None, typer.Option(metavar="KEY", help="A key or table of the config, or data, that may have changed.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 ModelOption = Annotated[str, typer.Option(help="model; or last, or average, where the run has them.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
 ConfigArgument = Annotated[Path, typer.Argument(help="A config file (TOML).")]
@@ -101,22 +110,85 @@ def train(
     overrides: OverridesArgument = None,
     backend: BackendOption = "auto",
     run: Annotated[Path | None, typer.Option(help="The run folder; by default runs/NAME-TIME.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in that folder, if there is one.")
+    ] = False,
+    allow_change: ChangeOption = None,
+    quiet: QuietOption = False,
 ) -> int:
     """Train a network and leave a run folder."""
-    console = _Console(quiet=quiet, highlight=False)
     parsed = load_config(config, overrides or [])
-    chosen, why = select(backend)
-    console.print(why, markup=False, soft_wrap=True)
-    with _Signals() as signals:
-        result = train_run(parsed, backend=chosen, run=run, watch=watch(console), interrupted=signals.interrupted)
-    for sentence in _sentences(result.summary):
+    return _train(
+        quiet,
+        lambda **shown: train_run(
+            parsed, backend=backend, run=run, resume=resume, allow_change=allow_change or (), **shown
+        ),
+    )
+
+
+@app.command()
+def resume(
+    run: RunArgument,
+    overrides: OverridesArgument = None,
+    backend: BackendOption = "auto",
+    allow_change: ChangeOption = None,
+    quiet: QuietOption = False,
+    trust_code: TrustOption = False,
+) -> int:
+    """Go on with a run that was stopped, from its newest whole checkpoint."""
+    return _train(
+        quiet,
+        lambda **shown: resume_run(
+            run, overrides or (), backend=backend, allow_change=allow_change or (), trust_code=trust_code, **shown
+        ),
+    )
+
+
+def _train(quiet: bool, train: Callable[..., Result]) -> int:
+    """Shows a training, and says how it ended."""
+    console = _Console(quiet=quiet, highlight=False)
+
+    def say(sentence: str) -> None:
         console.print(sentence, markup=False, soft_wrap=True)
-    if signals.number:
-        console.print(f"interrupted at step {result.summary['steps']}; what was trained is saved", markup=False)
-    console.print("pictures: " + ", ".join(str(path) for path in result.pictures), markup=False, soft_wrap=True)
-    console.print(f"run folder: {result.folder}", markup=False, soft_wrap=True)
-    return 128 + signals.number if signals.number else 0
+
+    signals, show = _Signals(), watch(console)
+
+    def steps_of(trainer: Trainer, steps: Lines) -> Lines:
+        yield from show(trainer, steps)
+        signals.stepping = False
+
+    with signals, _log_to(say):
+        result = train(watch=steps_of, interrupted=signals.interrupted)
+    for sentence in _sentences(result.summary):
+        say(sentence)
+    stopped = result.summary["stopped"]
+    if stopped in ("interrupted", "max_minutes"):
+        why = "interrupted" if stopped == "interrupted" else "train.max_minutes are over"
+        say(
+            f"{why} at step {result.summary['steps']}; what was trained is saved: gpu-bp resume {result.folder} goes on"
+        )
+    say("pictures: " + ", ".join(str(path) for path in result.pictures))
+    say(f"run folder: {result.folder}")
+    return 128 + signals.number if stopped == "interrupted" else 0
+
+
+@contextmanager
+def _log_to(say: Callable[[str], None]) -> Iterator[None]:
+    """What the package logs is said."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(record.getMessage())
+
+    log, handler = logging.getLogger("gpu_bp"), Handler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 @app.command()
@@ -173,7 +245,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float64 or float32.")] = "float64",
     shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows a file; by default about 64 MiB.")] = None,
     backend: BackendOption = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Write a config's synthetic rows into a folder of shards; run again, it goes on where it was stopped."""
     console = _Console(quiet=quiet, highlight=False)
@@ -264,16 +336,17 @@ def _installed(name: str) -> bool:
 class _Signals:
     """Within it, SIGINT (Ctrl-C) and SIGTERM are noted while a training steps, to be asked for after each step.
 
-    Before the first step, and the second time, they interrupt at once. `number` is the one noted, 0 for none.
+    Before the first step and after the last, and the second time, they interrupt at once. `number` is the one noted,
+    0 for none.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        self._stepping = False
+        self.stepping = False
 
     def interrupted(self) -> bool:
         """Whether one was noted; asked after every step."""
-        self._stepping = True
+        self.stepping = True
         return self.number != 0
 
     def __enter__(self) -> _Signals:
@@ -285,7 +358,7 @@ class _Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
-        if self.number or not self._stepping:
+        if self.number or not self.stepping:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.number = number
 

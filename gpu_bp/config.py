@@ -17,7 +17,7 @@ from gpu_bp.config_data import Data
 from gpu_bp.config_network import NetworkSection
 from gpu_bp.config_regularisation import RegularisationSection
 from gpu_bp.config_schedule import Constant, ScheduleSection
-from gpu_bp.config_training import OptimizerSection, StoppingSection, TrainSection
+from gpu_bp.config_training import CheckpointSection, OptimizerSection, StoppingSection, TrainSection
 from gpu_bp.config_types import Section
 from gpu_bp.errors import UserError
 from gpu_bp.noise import Noise
@@ -67,6 +67,7 @@ class Config(Section):
     schedule: ScheduleSection = Constant(kind="constant")
     train: TrainSection
     stopping: StoppingSection | None = Field(None, description="which line of metrics is the best, and when to stop")
+    checkpoint: CheckpointSection = CheckpointSection()
 
     def output_activation(self) -> Activation | RowActivation:
         """The record of the output layer's activation.

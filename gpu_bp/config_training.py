@@ -1,4 +1,4 @@
-"""The typed schema of the `[optimizer]`, `[train]` and `[stopping]` tables."""
+"""The typed schema of the `[optimizer]`, `[train]`, `[stopping]` and `[checkpoint]` tables."""
 
 from __future__ import annotations
 
@@ -97,7 +97,14 @@ class TrainSection(Section):
     stop_at_errors: Rows | None = Field(
         None, description="stop once the training rows, the first 131,072 at most, have at most so many errors"
     )
-
+    max_minutes: Positive | None = Field(
+        None, description="stop after so long, data reading included, with a checkpoint to resume from"
+    )
+    on_divergence: Literal["stop", "rewind"] = Field(
+        "stop",
+        description="where the loss or a gradient is not finite; rewind: to the last checkpoint, at half the rate",
+    )
+    max_rewinds: Count = Field(3, description="after so many the training stops")
     metrics: Metrics = Field([], description="beside the loss and the usual ones of the task, or a single one")
 
     @model_validator(mode="after")
@@ -121,3 +128,24 @@ class StoppingSection(Section):
     minimum_improvement: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.0, description="by how much a metric must be better than the best before it, to be the best"
     )
+
+
+EVERY_MINUTES = 5.0  # where nothing else is said
+
+
+class CheckpointSection(Section):
+    """When a checkpoint is written, and how many are kept. It does not change what is trained."""
+
+    every_steps: Count | None = None
+    every_epochs: Count | None = None
+    every_minutes: Positive | None = Field(None, description="5 where none of the three is given")
+    keep: Count = Field(2, description="the newest; and, with [stopping], the best of them besides")
+
+    @property
+    def minutes(self) -> float | None:
+        """Minutes between two checkpoints, None where only steps count."""
+        return (
+            EVERY_MINUTES
+            if (self.every_steps, self.every_epochs, self.every_minutes) == (None,) * 3
+            else self.every_minutes
+        )

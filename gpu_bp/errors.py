@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Something the user can mend: one line that says what is wrong, where, and what would be right."""
 
 
+class Diverged(UserError):
+    """A training whose loss or gradients are no longer finite."""
+
+
 def unknown(what: str, name: object, known: Iterable[str]) -> UserError:
     """The error for a misspelt name: it names the nearest right one, and the rest."""
     return UserError(f"unknown {what} {name!r}; {nearest(str(name), known)}")

@@ -151,8 +151,10 @@ class Network:
         self._activations = records
         self.layers = self.views(self.parameters)
 
-    def load(self, tensors: Mapping[str, np.ndarray]) -> None:
+    def load(self, tensors: Mapping[str, np.ndarray], buffer: Array | None = None) -> None:
         """Sets the parameters from named host arrays, `layers.K.weights` (n_out, n_in), `layers.K.biases` and `gains`.
+
+        Or another flat `buffer` of the layout, such as an optimizer's state.
 
         Raises:
             UserError: a tensor is missing, unknown, of another shape, or not finite.
@@ -170,12 +172,11 @@ class Network:
             view[...] = tensor
         if extra := sorted(set(tensors) - set(views)):
             raise UserError(f"tensor {extra[0]} is not one of this network's: {', '.join(views)}")
-        self.parameters[...] = self.backend.to_device(flat)
+        (self.parameters if buffer is None else buffer)[...] = self.backend.to_device(flat)
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """The parameters as named host arrays."""
-        flat = self.backend.to_host(self.parameters)
-        return {name: view.copy() for name, view in self.layout.views(flat).items()}
+    def tensors(self, buffer: Array | None = None) -> dict[str, np.ndarray]:
+        """The parameters, or another flat buffer of the layout, as named host arrays: a copy."""
+        return self.layout.views(self.backend.to_host(self.parameters if buffer is None else buffer))
 
     def signals(
         self,

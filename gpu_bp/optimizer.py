@@ -24,7 +24,8 @@ class Optimizer:
         UserError: a penalty that is unknown or negative, or weight_decay beside a record that has its own.
 
     Attributes:
-        steps: how many were taken. state: the record's state arrays, each as long as the parameters.
+        steps: how many were taken. state: the record's state arrays by name, each as long as the parameters.
+        rate_factor: what the schedule's rate is multiplied with, after a divergence.
     """
 
     def __init__(
@@ -56,12 +57,13 @@ class Optimizer:
         self._penalties = [penalty for name, penalty in registry.PENALTIES.items() if name in numbers]
         self._n_weights = network.layout.size if biases else network.layout.n_weights
         zeros = network.backend.zeros
-        self.state: tuple[Array, ...] = tuple(zeros((network.layout.size,), network.dtype) for _ in record.state)
+        self.state: dict[str, Array] = {name: zeros((network.layout.size,), network.dtype) for name in record.state}
+        self.rate_factor = 1.0
 
     @property
     def learning_rate(self) -> float:
         """The rate of the next step."""
-        return self.schedule(self.steps)
+        return self.schedule(self.steps) * self.rate_factor
 
     def step(self, gradients: Array, scale: float, factor: Array | None = None) -> None:
         """Updates the parameters with the mean gradient, scale * factor * gradients (flat buffers)."""
@@ -76,7 +78,7 @@ class Optimizer:
             self._penalties,
             network.parameters,
             gradients,
-            self.state,
+            tuple(self.state.values()),
             scale,
             scalars,
             self._n_weights,

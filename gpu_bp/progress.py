@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,13 +19,7 @@ INTERVAL = 0.5  # seconds between two plain lines, and between two looks of the 
 
 def watch(console: Console) -> Any:
     """A function for `train(watch=...)` that shows the steps on this console."""
-    show = _bar(console) if console.is_terminal else _plain(console)
-
-    def lines(trainer: Trainer, steps: Lines) -> Lines:
-        console.print(trainer.where_data, markup=False, soft_wrap=True)
-        return cast(Lines, show(trainer, steps))
-
-    return lines
+    return _bar(console) if console.is_terminal else _plain(console)
 
 
 def describe(line: dict[str, Any], selected: str = "") -> str:

@@ -7,13 +7,16 @@ model.safetensors  the network and the preparation of its data; with [stopping],
 last.safetensors   with [stopping], the network as the last step left it
 average.safetensors  with train.average_decay, the moving average of its parameters (at that best, likewise)
 *.png              pictures
+checkpoints/       what the run is gone on with after it was stopped (see `checkpoint.py`)
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
+import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -22,14 +25,15 @@ from typing import Any
 from gpu_bp.config import Config
 from gpu_bp.config_file import dump_config, load_config
 from gpu_bp.errors import UserError, unknown
+from gpu_bp.lock import LOCK
 from gpu_bp.own import Piece
-from gpu_bp.whole_file import write_whole
+from gpu_bp.whole_file import SUFFIX, named, write_whole
 
 MODELS = ("model", "last", "average")
 
 
 class RunFolder:
-    """A run folder: `create` a new one, or `open` one that is there."""
+    """A run folder: `make` a new one and `begin` a run in it, or `open` one that has ended."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,30 +43,35 @@ class RunFolder:
         self.model_file, self.last_file, self.average_file = (path / f"{name}.safetensors" for name in MODELS)
 
     @classmethod
-    def create(cls, config: Config, path: Path | None = None) -> RunFolder:
-        """A new folder with the config in it; by default `runs/NAME-TIME`.
+    def make(cls, name: str, path: Path | None = None) -> RunFolder:
+        """A folder for a run of that name; by default a new one, `runs/NAME-TIME`. Raises OSError."""
+        if path is None:
+            return cls(_fresh(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}"))
+        path.mkdir(parents=True, exist_ok=True)
+        return cls(path)
+
+    def begin(self, config: Config, metrics_bytes: int = 0) -> None:
+        """Writes the config, and cuts the metrics to so many bytes: to what stands before the first step to come.
 
         Raises:
-            UserError: the folder has files in it.
-            OSError: it cannot be made.
+            UserError: there are not so many.
         """
-        text = dump_config(config)
-        if path is None:
-            path = _fresh(Path("runs"), f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
-        else:
-            cls.refuse_used(path)
-            path.mkdir(parents=True, exist_ok=True)
-        folder = cls(path)
-        write_whole(folder.config_file, text)
-        folder.metrics_file.touch()
-        return folder
+        there = self.metrics_bytes
+        if there < metrics_bytes:
+            raise UserError(
+                f"{self.metrics_file} has {there} bytes, and had {metrics_bytes} when the checkpoint was written: "
+                "lines are missing; put the file back, or start again in another folder"
+            )
+        write_whole(self.config_file, dump_config(config))
+        with self.metrics_file.open("ab") as file:
+            file.truncate(metrics_bytes)
 
     @staticmethod
     def refuse_used(path: Path) -> None:
         """Raises UserError where there are files in the folder: a run never overwrites another."""
         if path.exists() and not path.is_dir():
             raise UserError(f"run folder {path} is a file; choose another name with --run")
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(file.name != LOCK and file.suffix != SUFFIX for file in path.iterdir()):
             raise UserError(f"run folder {path} is not empty; choose another one with --run, or remove it")
 
     @classmethod
@@ -100,9 +109,23 @@ class RunFolder:
         return load_config(self.config_file, own=own, trust_code=trust_code)
 
     def add_metrics(self, line: dict[str, Any]) -> None:
-        """Appends a line of metrics."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+        """Appends a line of metrics, whole or not at all. Raises OSError where it cannot be."""
+        text = json.dumps(finite(line), allow_nan=False) + "\n"
+        with named(self.metrics_file), self.metrics_file.open("ab", buffering=0) as file:
+            length = file.tell()
+            if file.write(text.encode()) < len(text):  # such as on a full disk
+                file.truncate(length)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @property
+    def metrics_bytes(self) -> int:
+        """The length of the file of metrics, 0 where there is none."""
+        return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+
+    def flush_metrics(self) -> None:
+        """Brings the metrics to the disk."""
+        with self.metrics_file.open("rb+") as file:
+            os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,25 @@ import numpy as np
 
 from gpu_bp import evaluation
 from gpu_bp.backends import Backend, select
+from gpu_bp.checkpoint import CheckpointFolder
 from gpu_bp.config import Config
 from gpu_bp.config_file import load_config, parse_config
 from gpu_bp.data import Dataset, load_data, own_data
+from gpu_bp.data.identity import identity
 from gpu_bp.data.source import Source
 from gpu_bp.data.sources import settle
-from gpu_bp.errors import UserError
+from gpu_bp.environment import environment
+from gpu_bp.errors import Diverged, UserError
+from gpu_bp.lock import Lock
 from gpu_bp.model import Model
 from gpu_bp.own import Piece
+from gpu_bp.resuming import Resuming, checkpoints_of, plain
 from gpu_bp.run_folder import RunFolder
+from gpu_bp.saving import Saving
 from gpu_bp.trainer import Trainer
+from gpu_bp.training_state import restore
+
+log = logging.getLogger("gpu_bp")
 
 Lines = Iterable[dict[str, Any] | None]
 
@@ -42,6 +53,8 @@ def train(
     sources: Mapping[str, Source] | None = None,
     backend: str | Backend = "auto",
     run: str | Path | None = None,
+    resume: bool = False,
+    allow_change: Sequence[str] = (),
     pictures: bool = True,
     watch: Callable[[Trainer, Lines], Lines] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
@@ -54,63 +67,153 @@ def train(
             unless data.sources names them.
         backend: "auto", "numpy", "cupy", or a backend.
         run: the run folder; by default `runs/NAME-TIME`.
+        resume: whether to go on from the newest whole checkpoint in that folder; where there is none, from the
+            beginning.
+        allow_change: keys of the config, or tables, that may be other ones than when the run was started.
         pictures: whether to draw them.
         watch: is given the trainer and its steps to pass on, such as through a progress bar.
-        interrupted: asked after every step; yes ends the training, with everything written.
+        interrupted: asked after every step; yes ends the training there, with everything written, to be resumed.
 
     Raises:
         UserError: anything that the user can mend.
     """
-    if isinstance(config, str | Path):
-        config = load_config(config)
-    elif isinstance(config, Mapping):
-        config = parse_config(config)
-    elif not isinstance(config, Config):
-        raise TypeError(f"config must be a Config, nested tables or a path, not {type(config).__name__}")
+    begun = time.monotonic()
+    config = _config(config)
     backend = _backend(backend)
     path = Path(run) if run is not None else None
-    if path:
-        RunFolder.refuse_used(path)  # before the data are read; the folder is made once all else is well
-    trainer = Trainer(config, backend, _dataset(config, sources, backend))
-    logging.getLogger("gpu_bp").info(trainer.where_data)
-    folder = RunFolder.create(config, path)
-    steps, saved = trainer.run(interrupted), 0
-    try:
-        for line in watch(trainer, steps) if watch else steps:
-            if line is not None:
-                folder.add_metrics(line)
-        saved = _save(trainer, folder)  # before the evaluation, which may meet a broken row
-        evaluated = trainer.evaluate()
-        if trainer.average:
-            evaluated["average"] = trainer.evaluate_average()
-    except UserError as error:
-        saved = saved or _save(trainer, folder)
-        kept = f", its network after {saved} steps in {folder.model_file}" if saved else ""
-        raise UserError(f"{error} (its metrics are in {folder.metrics_file}{kept})") from None
-    finally:
-        steps.close()  # nothing is read ahead any more
-    summary = {
-        "name": config.name,
-        "seed": config.seed,
-        "backend": backend.name,
-        "device": backend.device,
-        "precision": config.train.precision,
-        "data": trainer.where_data.removeprefix("data: "),
-        "steps": trainer.steps,
-        "rows": trainer.rows,
-        "seconds": trainer.seconds,
-        "rows_per_second": trainer.rows / trainer.seconds,
-        "stopped": trainer.stopped,
-        **({"best": trainer.selection.best} if trainer.selection else {}),
-        **evaluated,
-    }
-    folder.write_summary(summary)
-    drawn: list[Path] = []
-    if pictures:
-        from gpu_bp.report import draw  # late: it takes matplotlib along
+    if resume and path is None:
+        raise UserError("to resume, the run folder is needed: give run, on the command line --run")
+    resuming = None
+    with ExitStack() as held:
+        if path and resume and RunFolder(path).config_file.is_file():
+            held.enter_context(Lock(path))
+            resuming = Resuming(RunFolder(path), config, allow_change)
+        elif path:
+            RunFolder.refuse_used(path)  # before the data are read; the folder is made once all else is well
+        trainer = Trainer(config, backend, _dataset(config, sources, backend))
+        log.info(trainer.where_data)
+        described = {
+            "config": plain(config),
+            "environment": environment(backend),
+            "data": identity(config, trainer.dataset),
+        }
+        if resuming:
+            resuming.restore(trainer, described)
+            folder = resuming.folder
+        else:
+            if resume:
+                log.info(f"{path} has no checkpoint: starting from the beginning")
+            folder = RunFolder.make(config.name, path)
+            held.enter_context(Lock(folder.path))
+            RunFolder.refuse_used(folder.path)
+            folder.begin(config)
+        checkpoints = resuming.checkpoints if resuming else checkpoints_of(folder, config)
+        saving = held.enter_context(closing(Saving(trainer, folder, checkpoints, described)))
+        limit = config.train.max_minutes
 
-        drawn = draw(folder, trainer.model, trainer.dataset)
-    return Result(summary, trainer.model, folder.path, drawn)
+        def stop() -> str:
+            if interrupted():
+                return "interrupted"
+            return "max_minutes" if limit and time.monotonic() - begun >= 60 * limit else ""
+
+        steps, saved = _steps(trainer, folder, checkpoints, saving, stop), 0
+        try:
+            for _ in watch(trainer, steps) if watch else steps:
+                pass
+            saved = _save(trainer, folder)  # before the evaluation, which may meet a broken row
+            evaluated = trainer.evaluate()
+            if trainer.average:
+                evaluated["average"] = trainer.evaluate_average()
+        except UserError as error:
+            saved = saved or _save(trainer, folder)
+            kept = f", its network after {saved} steps in {folder.model_file}" if saved else ""
+            raise UserError(f"{error} (its metrics are in {folder.metrics_file}{kept})") from None
+        finally:
+            steps.close()  # nothing is read ahead any more
+        summary = {
+            "name": config.name,
+            "seed": config.seed,
+            "backend": backend.name,
+            "device": backend.device,
+            "precision": config.train.precision,
+            "data": trainer.where_data.removeprefix("data: "),
+            "steps": trainer.steps,
+            "rows": trainer.rows,
+            "seconds": trainer.seconds,
+            "rows_per_second": trainer.rows / trainer.seconds,
+            "stopped": trainer.stopped,
+            **({"best": trainer.selection.best} if trainer.selection else {}),
+            **evaluated,
+        }
+        folder.write_summary(summary)
+        drawn: list[Path] = []
+        if pictures:
+            from gpu_bp.report import draw  # late: it takes matplotlib along
+
+            drawn = draw(folder, trainer.model, trainer.dataset)
+        return Result(summary, trainer.model, folder.path, drawn)
+
+
+def resume(
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    own: Sequence[Piece] = (),
+    trust_code: bool = False,
+    **keywords: Any,
+) -> Result:
+    """Goes on with a run from its newest whole checkpoint, with the config in its folder.
+
+    Args:
+        run: the run folder. overrides: `KEY.PATH=VALUE`; what changes has to be in `allow_change` too.
+        own: pieces of one's own that the run names, passed again.
+        trust_code: whether code that the run names as `module:object` may be run.
+        keywords: as for `train`.
+
+    Raises:
+        UserError: it is no run folder, or as `train`.
+    """
+    folder = RunFolder(Path(run))
+    if not folder.config_file.is_file():
+        raise UserError(f"{run} is not a run folder: it has no {folder.config_file.name}")
+    config = load_config(folder.config_file, overrides, own=own, trust_code=trust_code)
+    return train(config, run=run, resume=True, **keywords)
+
+
+def _steps(
+    trainer: Trainer, folder: RunFolder, checkpoints: CheckpointFolder, saving: Saving, stop: Callable[[], str]
+) -> Generator[dict[str, Any] | None, None, None]:
+    """The trainer's steps, with metrics and checkpoints written; where it diverges, it may go back to the last one."""
+    train = trainer.config.train
+    rewinds = train.on_divergence == "rewind"
+    if rewinds and not trainer.steps:
+        saving.save()
+    while True:
+        steps = trainer.run(stop)
+        try:
+            for line in steps:
+                if line:
+                    folder.add_metrics(line)
+                saving.after_step()
+                yield line
+            if not trainer.paused:
+                saving.save(wait=True)
+            return
+        except Diverged as error:
+            saving.wait()
+            good = checkpoints.newest() if rewinds and trainer.rewinds < train.max_rewinds else None
+            if good is None:
+                raise
+            went_back = trainer.rewinds + 1
+            restore(trainer, good.facts.training, good.tensors)
+            folder.begin(trainer.config, good.facts.metrics_bytes)
+            trainer.rewinds, trainer.step.optimizer.rate_factor = went_back, 0.5**went_back
+            log.warning(
+                f"{error}; going back to step {trainer.steps} at half the learning rate, {went_back} of "
+                f"{train.max_rewinds} times at most"
+            )
+        finally:
+            steps.close()
 
 
 def _save(trainer: Trainer, folder: RunFolder) -> int:
@@ -184,10 +287,20 @@ def _dataset(config: Config, sources: Mapping[str, Source] | None, backend: Back
     return own_data(sources, config.loss.record(), backend)
 
 
+def _config(config: Config | Mapping[str, Any] | str | Path) -> Config:
+    if isinstance(config, str | Path):
+        return load_config(config)
+    if isinstance(config, Mapping):
+        return parse_config(config)
+    if isinstance(config, Config):
+        return config
+    raise TypeError(f"config must be a Config, nested tables or a path, not {type(config).__name__}")
+
+
 def _backend(backend: str | Backend) -> Backend:
     """A backend by name; which one `auto` took, and why, is logged."""
     if not isinstance(backend, str):
         return backend
     chosen, why = select(backend)
-    logging.getLogger("gpu_bp").info(why)
+    log.info(why)
     return chosen

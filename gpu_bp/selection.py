@@ -20,14 +20,17 @@ class Selection:
 
     Attributes:
         step: of the best line, 0 before there is one. since: lines since then.
+        last: the metric in the last line, None where it was not a number. rises: as given.
+        kept: the parameters of the best line, one buffer a network.
     """
 
     def __init__(self, section: StoppingSection, rises: bool, networks: Sequence[Network]) -> None:
         self._section = section
-        self._sign = 1.0 if rises else -1.0
+        self.rises = rises
         self._networks = networks
-        self._kept = [n.backend.zeros(n.parameters.shape, n.dtype) for n in networks]
+        self.kept = [n.backend.zeros(n.parameters.shape, n.dtype) for n in networks]
         self._best: float | None = None
+        self.last: float | None = None
         self.step = self.since = 0
 
     def observe(self, line: Mapping[str, Any]) -> bool:
@@ -37,9 +40,10 @@ class Selection:
         """
         section = self._section
         value = float(line[section.metric])
-        if math.isfinite(value) and (self._best is None or self._gain(value) > section.minimum_improvement):
+        self.last = value if math.isfinite(value) else None
+        if self.last is not None and (self._best is None or self._gain(value) > section.minimum_improvement):
             self._best, self.step, self.since = value, line["step"], 0
-            for network, kept in zip(self._networks, self._kept, strict=True):
+            for network, kept in zip(self._networks, self.kept, strict=True):
                 kept[...] = network.parameters
         else:
             self.since += 1
@@ -48,9 +52,18 @@ class Selection:
     def restore(self) -> int:
         """Gives the networks the parameters of the best line, and returns its step; 0 where there was none."""
         if self._best is not None:
-            for network, kept in zip(self._networks, self._kept, strict=True):
+            for network, kept in zip(self._networks, self.kept, strict=True):
                 network.parameters[...] = kept
         return self.step
+
+    def state(self) -> dict[str, Any]:
+        """What was made of the lines so far, fit for JSON, beside `kept`."""
+        return {"best": self._best, "step": self.step, "since": self.since, "last": self.last, "rises": self.rises}
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on as the selection did that gave this state."""
+        self._best, self.step = state["best"], state["step"]
+        self.since, self.last = state["since"], state["last"]
 
     @property
     def best(self) -> dict[str, Any]:
@@ -59,4 +72,4 @@ class Selection:
 
     def _gain(self, value: float) -> float:
         assert self._best is not None
-        return self._sign * (value - self._best)
+        return value - self._best if self.rises else self._best - value

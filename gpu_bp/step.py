@@ -6,6 +6,9 @@ several batches, whose gradients are summed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from gpu_bp.data.source import Batch
@@ -150,6 +153,18 @@ class Objective:
                 self._weighted = False
         return mean
 
+    def state(self) -> dict[str, Any]:
+        """What `mean_loss` is computed from, fit for JSON. Waits for the device."""
+        to_host = self.network.backend.to_host
+        total, weight = (float(to_host(array)[0]) for array in (self.total, self.weight))
+        return {"total": total, "weight": weight, "rows": self.rows, "weighted": self._weighted}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on as the objective did that gave this state."""
+        self.total.fill(state["total"])
+        self.weight.fill(state["weight"])
+        self.rows, self._weighted = state["rows"], state["weighted"]
+
     def _draw(self, batch: Batch, step: int) -> Draw | None:
         return None if self.noise is None else Draw(self.noise, step, batch.place)
 
@@ -251,9 +266,9 @@ class Average:
     def __init__(self, network: Network, decay: float) -> None:
         self.network = network.over(network.backend.zeros(network.parameters.shape, network.dtype))
         self._rest = 1 - decay
-        self._begun = False
+        self.begun = False  # whether there is a mean yet
 
     def add(self, parameters: Array) -> None:
         """Brings the average up to date after a step."""
-        self.network.backend.average(parameters, self.network.parameters, self._rest if self._begun else 1.0)
-        self._begun = True
+        self.network.backend.average(parameters, self.network.parameters, self._rest if self.begun else 1.0)
+        self.begun = True

@@ -45,4 +45,5 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[
         save_file(dict(tensors), part_of(path), metadata=metadata)
         put_in_place(path)
     except (OSError, SafetensorError) as error:
+        part_of(path).unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error}") from None

@@ -18,7 +18,7 @@ from gpu_bp.data import Dataset, load_data
 from gpu_bp.data.batches import Batches
 from gpu_bp.data.classes import class_weights
 from gpu_bp.data.sources import settle
-from gpu_bp.errors import UserError, unknown
+from gpu_bp.errors import Diverged, UserError, unknown
 from gpu_bp.evaluation import Evaluator, evaluate, evaluators, try_metrics
 from gpu_bp.initial import initialise
 from gpu_bp.model import Model
@@ -63,8 +63,10 @@ class Trainer:
     Attributes:
         dataset: its data. where_data: a line that says how many rows, and where they lie.
         model: the network as it is now, and the preparation of its data.
-        total_steps: how many steps the whole training has. steps, rows: how many were taken, and their rows.
-        stopped: why it ended before its length ("" where it did not).
+        step: what a step does. total_steps: how many the whole training has. steps, rows: how many were taken, and
+            their rows. epoch, epoch_step: of the next step, both from 0.
+        stopped: why it ended before its length ("" where it did not); paused: it is not at its end, and can go on.
+        rewinds: how often it went back after a divergence.
         average: the moving average of the parameters, and selection: the best of them; None where not asked for.
     """
 
@@ -107,12 +109,12 @@ class Trainer:
             raise UserError(f"{record.name} changes its step sizes itself; leave schedule out")
         self.average = Average(network, train.average_decay) if train.average_decay else None
         self._averaged = evaluators(self.average.network, loss, sources, train.metric_records()) if self.average else {}
-        self._step = self._build_step(loss)
+        self.step = self._build_step(loss)
         self.selection = self._build_selection()
         try_metrics(self._evaluators)
-        self.steps = self.rows = 0
+        self.steps = self.rows = self.epoch = self.epoch_step = self.rewinds = 0
         self.seconds = 0.0
-        self.stopped = ""
+        self.stopped, self.paused = "", False
 
     def _build_step(self, loss: Loss) -> Step:
         """The training step, with all that the config asks of it."""
@@ -169,54 +171,67 @@ class Trainer:
                 f'or set {table}.metric = "train_loss"'
             )
 
-    def run(self, interrupted: Callable[[], bool] = lambda: False) -> Generator[dict[str, Any] | None, None, None]:
-        """Trains; yields None after a step, and a line of metrics where one is due.
+    def run(self, stop: Callable[[], str] = lambda: "") -> Generator[dict[str, Any] | None, None, None]:
+        """Trains from where it is; yields None after a step, or a line of metrics where one is due.
 
-        `interrupted` is asked after every step; where it says yes, the training ends as at its last step.
+        `stop` is asked after every step; where it gives a reason, the training pauses there: run again, here or from
+        its state in another process, it goes on as if it had never stopped.
 
         Raises:
-            UserError: the training loss is no longer finite.
+            Diverged: the loss is no longer finite.
         """
-        objective, optimizer = self._step.objective, self._step.optimizer
+        objective, optimizer = self.step.objective, self.step.optimizer
         begin = time.perf_counter() - self.seconds
-        epoch = 0
+        if self.paused:
+            self.stopped, self.paused = "", False
         # where a training diverges, its loss says so; NumPy's warnings would only come before it
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             while self.steps < self.total_steps and not self.stopped:
-                follows = (epoch + 1) * self._batches.per_epoch < self.total_steps
-                for batch in self._batches.epoch(epoch, follows=follows):
+                epoch = self.epoch
+                follows = self.total_steps - self.steps > self._batches.per_epoch - self.epoch_step
+                for batch in self._batches.epoch(epoch, self.epoch_step, follows=follows):
                     rate = optimizer.learning_rate
-                    self._step(batch)
+                    self.step(batch)
                     self.rows += batch.n
                     if not batch.last:
                         continue
                     self.steps += 1
-                    if interrupted():
-                        self.stopped = "interrupted"
-                    last = self.steps == self.total_steps or bool(self.stopped)
-                    if self.steps % self._log_every and not last:
-                        yield None
-                        continue
-                    line: dict[str, Any] = {"epoch": epoch + 1, "step": self.steps, "rows": self.rows}
-                    train_loss, weighed = objective.mean_loss(), objective.weighed
+                    self.go_to(epoch, self.epoch_step + 1)
+                    last, due = self.steps == self.total_steps, self.steps % self._log_every == 0
                     self.seconds = time.perf_counter() - begin
-                    line |= {"seconds": self.seconds, "learning_rate": rate, "train_loss": train_loss}
-                    line |= self._evaluate_line()
-                    if self.selection and self.selection.observe(line):
-                        self.stopped = self.stopped or "patience"
-                    if self.steps % self._log_every == 0:  # no line that only ends the training
-                        optimizer.schedule.observe(line)
+                    line: dict[str, Any] | None = None
+                    if last or due:
+                        line = {"epoch": epoch + 1, "step": self.steps, "rows": self.rows}
+                        train_loss, weighed = objective.mean_loss(), objective.weighed
+                        self.seconds = time.perf_counter() - begin
+                        if weighed:
+                            self._refuse_divergence(train_loss)
+                        line |= {"seconds": self.seconds, "learning_rate": rate, "train_loss": train_loss}
+                        line |= self._evaluate_line()
+                        if self.selection and self.selection.observe(line):
+                            self.stopped = self.stopped or "patience"
+                        if due:  # no line that only ends the training
+                            optimizer.schedule.observe(line)
+                    if not (last or self.stopped) and (reason := stop()):
+                        self.stopped, self.paused = reason, True
                     yield line
-                    if weighed:
-                        self._refuse_divergence(train_loss)
-                    begin = time.perf_counter() - self.seconds  # what evaluation took is not training
+                    if line:
+                        begin = time.perf_counter() - self.seconds  # what evaluation took is not training
                     if last or self.stopped:
                         break
-                epoch += 1
+
+    def go_to(self, epoch: int, epoch_step: int) -> None:
+        """The next step is this one of an epoch, both counted from 0, and the training's end follows from it."""
+        if epoch_step >= self._batches.per_epoch:
+            epoch, epoch_step = epoch + 1, 0
+        self.epoch, self.epoch_step = epoch, epoch_step
+        train = self.config.train
+        if train.epochs:
+            self.total_steps = self.steps + (train.epochs - epoch) * self._batches.per_epoch - epoch_step
 
     def running_loss(self) -> float:
         """The mean training loss since the last line, NaN where there was no step. Waits for the device."""
-        return self._step.objective.mean_loss(reset=False)
+        return self.step.objective.mean_loss(reset=False)
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
         """The loss and the metrics on each split that has rows.
@@ -235,7 +250,7 @@ class Trainer:
 
     def _refuse_divergence(self, loss: float) -> None:
         if not np.isfinite(loss):
-            raise UserError(
+            raise Diverged(
                 f"the training diverged: the loss is {loss} at step {self.steps}; "
                 "try a smaller optimizer.learning_rate or smaller network.weights"
             )

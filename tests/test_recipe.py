@@ -89,7 +89,7 @@ def test_parts_of_a_step_change_nothing(tiny_config: Tiny, backend: Backend) -> 
         parts = trainer_of(tiny_config, backend, regularisation=regularisation, train={"part_rows": part_rows})
         np.testing.assert_allclose(trained(parts), wanted, rtol=1e-12, atol=1e-14)
         assert (parts.steps, parts.rows) == (whole.steps, whole.rows)
-        assert len(parts._step.objective.signals[0].output) == part_rows
+        assert len(parts.step.objective.signals[0].output) == part_rows
 
 
 def test_network_keys(tiny_config: Tiny, backend: Backend) -> None:
@@ -268,10 +268,10 @@ def test_models_that_a_run_does_not_have(tiny_config: Tiny, in_tmp: Path) -> Non
             gpu_bp.evaluate("run", model=model, backend="numpy")
 
 
-def test_an_interruption_is_not_taken_for_patience(tiny_config: Tiny) -> None:
-    """Both at one step: the first is why it stopped."""
+def test_the_end_of_patience_is_not_taken_for_an_interruption(tiny_config: Tiny) -> None:
+    """Both at one step: it has ended, and there is nothing to go on with."""
     trainer = trainer_of(tiny_config, NumpyBackend(), train={"log_every": 1, "steps": 50}, stopping={"patience": 1})
     trainer.selection._best = -1.0  # type: ignore[union-attr]
-    for _ in trainer.run(lambda: True):
+    for _ in trainer.run(lambda: "interrupted"):
         pass
-    assert (trainer.stopped, trainer.steps) == ("interrupted", 1)
+    assert (trainer.stopped, trainer.steps, trainer.paused) == ("patience", 1, False)

@@ -268,7 +268,7 @@ def test_lines_of_metrics_are_the_unit_of_patience(backend: Backend, tiny_config
     found = [line for line in trainer.run() if line]
     assert [line["step"] for line in found] == [2, 4, 6, 8, 9]
     assert [line["learning_rate"] for line in found] == [0.1, 0.1, 0.05, 0.025, 0.0125]
-    assert trainer._step.optimizer.learning_rate == 0.0125
+    assert trainer.step.optimizer.learning_rate == 0.0125
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gpu_bp.errors import UserError
+from gpu_bp.tables import differing
 from gpu_bp.whole_file import PartFile, write_whole
 
 MANIFEST = "manifest.json"
@@ -130,17 +131,9 @@ class Manifest(_Record):
 
     def refuse_other(self, other: Manifest, folder: Path) -> None:
         """Raises UserError where the folder's manifest `other` is of other rows or of another layout."""
-        ours, theirs = (_flat(manifest.model_dump(exclude={"shards"}, mode="json")) for manifest in (self, other))
-        for key in {**ours, **theirs}:
-            if ours.get(key) != theirs.get(key):
-                raise UserError(
-                    f"{folder} holds other rows: {key} is {theirs.get(key)} there and {ours.get(key)} here; "
-                    "choose another folder, or remove it"
-                )
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted keys."""
-    if not isinstance(value, dict):
-        return {key: value}
-    return {k: v for name, member in value.items() for k, v in _flat(member, f"{key}.{name}" if key else name).items()}
+        here, there = (manifest.model_dump(exclude={"shards"}, mode="json") for manifest in (self, other))
+        for key, (before, now) in differing(there, here).items():
+            raise UserError(
+                f"{folder} holds other rows: {key} is {before} there and {now} here; "
+                "choose another folder, or remove it"
+            )

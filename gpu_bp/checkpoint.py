@@ -1,0 +1,162 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped.
+
+checkpoints/step-0000001200.json         the numbers, and the checksums; it is written last, and makes the checkpoint
+checkpoints/step-0000001200.safetensors  the tensors
+
+Both are written beside their place, brought to the disk and renamed, so that at any moment the folder holds whole
+checkpoints; what does not agree with its checksum is never taken for one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from gpu_bp.errors import UserError
+from gpu_bp.tensor_file import read_tensors, write_tensors
+from gpu_bp.training_state import Record, Tensors, TrainingState
+from gpu_bp.whole_file import flush_folder, write_whole
+
+FOLDER = "checkpoints"
+
+
+class TensorFile(Record):
+    """The file of a checkpoint's tensors."""
+
+    name: str
+    sha256: str
+
+
+class Facts(Record):
+    """The numbers of a checkpoint.
+
+    training: the state itself. metrics_bytes: how long the file of metrics was. config, environment and data: of the
+    training that wrote it, to be compared with those of the one that goes on.
+    """
+
+    format: Literal[1] = 1
+    training: TrainingState
+    metrics_bytes: int = Field(ge=0)
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    data: dict[str, Any]
+
+
+class Index(Record):
+    """What a checkpoint's JSON file says."""
+
+    facts: Facts
+    tensors: TensorFile
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint."""
+
+    facts: Facts
+    tensors: Tensors
+
+
+class CheckpointFolder:
+    """The checkpoints of a run: the newest `keep` of them, and where a metric selects the best, that one besides."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self.path = run / FOLDER
+        self._keep = keep
+        self._held: dict[int, tuple[str, float | None]] = {}  # of each step: the tensors' file, and how good it is
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, None where there is none; those that are broken are told of."""
+        found, self._held = None, {}
+        for path in sorted(self.path.glob("step-*.json"), reverse=True):
+            try:
+                index = _read_index(path)
+                found = found or Checkpoint(index.facts, self._read_tensors(index))
+            except UserError as error:
+                logging.getLogger("gpu_bp").warning(f"{error}; passing it over")
+                continue
+            self._hold(index)
+        return found
+
+    def write(self, facts: Facts, tensors: Tensors) -> None:
+        """Adds a checkpoint, and removes those that are not kept.
+
+        Raises:
+            OSError, UserError: it cannot be written; those before are whole still.
+        """
+        self.path.mkdir(exist_ok=True)
+        stem = f"step-{facts.training.step:010d}"
+        path = self.path / f"{stem}.safetensors"
+        for k in itertools.count(2):  # one that is there may belong to a checkpoint
+            if not path.exists():
+                break
+            path = self.path / f"{stem}-{k}.safetensors"
+        write_tensors(path, tensors)
+        index = Index(facts=facts, tensors=TensorFile(name=path.name, sha256=_digest(path)))
+        write_whole(self.path / f"{stem}.json", _render(index))
+        self._hold(index)
+        self._remove_others()
+
+    def _hold(self, index: Index) -> None:
+        selection, score = index.facts.training.selection, None
+        if selection and selection.last is not None:
+            score = selection.last if selection.rises else -selection.last
+        self._held[index.facts.training.step] = index.tensors.name, score
+
+    def _remove_others(self) -> None:
+        steps = sorted(self._held, reverse=True)
+        kept = steps[: self._keep]
+        scores = {step: score for step in sorted(steps) if (score := self._held[step][1]) is not None}
+        if scores:
+            kept.append(max(scores, key=scores.__getitem__))  # of equal ones the first
+        self._held = {step: self._held[step] for step in kept}
+        names = {name for step, (tensors, _) in self._held.items() for name in (f"step-{step:010d}.json", tensors)}
+        others = [path for path in self.path.iterdir() if path.name not in names]
+        for path in sorted(others, key=lambda path: path.suffix != ".json"):  # without its numbers it is none
+            path.unlink(missing_ok=True)
+        flush_folder(self.path)
+
+    def _read_tensors(self, index: Index) -> Tensors:
+        path = self.path / Path(index.tensors.name).name
+        if not path.is_file() or _digest(path) != index.tensors.sha256:
+            raise UserError(
+                f"checkpoint {path} is broken: {'its checksum is another' if path.exists() else 'it is gone'}"
+            )
+        return read_tensors(path)
+
+
+def _read_index(path: Path) -> Index:
+    """What a checkpoint's JSON file says, which is as it was written."""
+    try:
+        text = path.read_bytes()
+        index = Index.model_validate({key: x for key, x in json.loads(text).items() if key != "checksum"})
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: {error.strerror}") from None
+    except (ValueError, AttributeError, RecursionError) as error:  # Unicode's, JSON's and pydantic's are ValueErrors
+        raise UserError(f"checkpoint {path} is broken: {_first_line(error)}") from None
+    if _render(index) != text:
+        raise UserError(f"checkpoint {path} is broken: its checksum is another")
+    return index
+
+
+def _render(index: Index) -> bytes:
+    """The JSON file, with the checksum of all else in it: to the byte what is read again."""
+    body = index.model_dump(mode="json")
+    checksum = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return (json.dumps({"checksum": checksum, **body}, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

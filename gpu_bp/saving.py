@@ -1,0 +1,89 @@
+"""When a training's checkpoints are due, and the thread that writes them.
+
+A step does not wait for the disk: the state is copied to the host, and a thread writes the copy. One that falls due
+while the one before is being written waits for a later step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from gpu_bp.checkpoint import CheckpointFolder, Facts
+from gpu_bp.run_folder import RunFolder
+from gpu_bp.trainer import Trainer
+from gpu_bp.training_state import Tensors, take
+
+
+class Saving:
+    """The checkpoints of one training, as its config asks for them.
+
+    Args:
+        folder: of the run. checkpoints: where they go.
+        described: `config`, `environment` and `data` of a checkpoint's facts.
+    """
+
+    def __init__(
+        self, trainer: Trainer, folder: RunFolder, checkpoints: CheckpointFolder, described: Mapping[str, Any]
+    ) -> None:
+        self._trainer = trainer
+        self._folder = folder
+        self._checkpoints = checkpoints
+        self._described = described
+        self._thread = ThreadPoolExecutor(1, "gpu_bp-checkpoint")
+        self._writing: Future[None] | None = None
+        self._last = trainer.steps, trainer.epoch, time.monotonic()
+
+    def after_step(self) -> None:
+        """To be called after every step and the metrics it gave: writes a checkpoint where one is due.
+
+        Raises:
+            OSError, UserError: the last one could not be written.
+        """
+        if self._writing is not None and self._writing.done():
+            self._finish()
+        if self._trainer.paused:
+            self.save(wait=True)
+        elif self._writing is None and self._is_due():
+            self.save()
+
+    def save(self, *, wait: bool = False) -> None:
+        """Writes a checkpoint of the last step, now; `wait` until it is on the disk."""
+        self._finish()
+        state, tensors = take(self._trainer)
+        facts = Facts(training=state, metrics_bytes=self._folder.metrics_bytes, **self._described)
+        self._last = self._trainer.steps, self._trainer.epoch, time.monotonic()
+        self._writing = self._thread.submit(self._write, facts, tensors)
+        if wait:
+            self._finish()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk. Raises as `after_step`."""
+        self._finish()
+
+    def close(self) -> None:
+        """Waits for the last checkpoint, and for the thread."""
+        try:
+            self._finish()
+        finally:
+            self._thread.shutdown()
+
+    def _is_due(self) -> bool:
+        section, trainer = self._trainer.config.checkpoint, self._trainer
+        step, epoch, moment = self._last
+        return (
+            bool(section.every_steps and trainer.steps - step >= section.every_steps)
+            or bool(section.every_epochs and trainer.epoch - epoch >= section.every_epochs)
+            or bool(section.minutes and time.monotonic() - moment >= 60 * section.minutes)
+        )
+
+    def _write(self, facts: Facts, tensors: Tensors) -> None:
+        self._folder.flush_metrics()  # what is said to be there is there, after a power cut too
+        self._checkpoints.write(facts, tensors)
+
+    def _finish(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
