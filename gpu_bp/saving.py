@@ -34,6 +34,8 @@ class Saving:
         self._described = described
         self._thread = ThreadPoolExecutor(1, "gpu_bp-checkpoint")
         self._writing: Future[None] | None = None
+        # where a training may go back to a checkpoint, which there are must not depend on how fast the disk is
+        self._exactly = trainer.config.train.on_divergence == "rewind"
         self._last = trainer.steps, trainer.epoch, time.monotonic()
 
     def after_step(self) -> None:
@@ -46,7 +48,7 @@ class Saving:
             self._finish()
         if self._trainer.paused:
             self.save(wait=True)
-        elif self._writing is None and self._is_due():
+        elif (self._writing is None or self._exactly) and self._is_due():
             self.save()
 
     def save(self, *, wait: bool = False) -> None:
@@ -73,10 +75,11 @@ class Saving:
     def _is_due(self) -> bool:
         section, trainer = self._trainer.config.checkpoint, self._trainer
         step, epoch, moment = self._last
-        return (
-            bool(section.every_steps and trainer.steps - step >= section.every_steps)
-            or bool(section.every_epochs and trainer.epoch - epoch >= section.every_epochs)
-            or bool(section.minutes and time.monotonic() - moment >= 60 * section.minutes)
+        by_step, by_epoch, minutes = section.every_steps, section.every_epochs, section.minutes
+        return (  # by multiples, so that a training that was stopped in between goes on in the same way
+            (by_step is not None and trainer.steps // by_step > step // by_step)
+            or (by_epoch is not None and trainer.epoch // by_epoch > epoch // by_epoch)
+            or (minutes is not None and time.monotonic() - moment >= 60 * minutes)
         )
 
     def _write(self, facts: Facts, tensors: Tensors) -> None:
