@@ -83,13 +83,13 @@ def train(
     path = Path(run) if run is not None else None
     if resume and path is None:
         raise UserError("to resume, the run folder is needed: give run, on the command line --run")
-    resuming = None
+    if path and not resume:
+        RunFolder.refuse_used(path)  # before the data are read; the folder is made once all else is well
     with ExitStack() as held:
-        if path and resume and RunFolder(path).config_file.is_file():
+        resuming = None
+        if resume and path and RunFolder(path).config_file.is_file():
             held.enter_context(Lock(path))
             resuming = Resuming(RunFolder(path), config, allow_change)
-        elif path:
-            RunFolder.refuse_used(path)  # before the data are read; the folder is made once all else is well
         trainer = Trainer(config, backend, _dataset(config, sources, backend))
         log.info(trainer.where_data)
         described = {
@@ -98,16 +98,16 @@ def train(
             "data": identity(config, trainer.dataset),
         }
         if resuming:
+            folder, checkpoints = resuming.folder, resuming.checkpoints
             resuming.restore(trainer, described)
-            folder = resuming.folder
         else:
-            if resume:
-                log.info(f"{path} has no checkpoint: starting from the beginning")
             folder = RunFolder.make(config.name, path)
             held.enter_context(Lock(folder.path))
             RunFolder.refuse_used(folder.path)
             folder.begin(config)
-        checkpoints = resuming.checkpoints if resuming else checkpoints_of(folder, config)
+            checkpoints = checkpoints_of(folder, config)
+            if resume:
+                log.info(f"{path} has no checkpoint: starting from the beginning")
         saving = held.enter_context(closing(Saving(trainer, folder, checkpoints, described)))
         limit = config.train.max_minutes
 
@@ -116,42 +116,8 @@ def train(
                 return "interrupted"
             return "max_minutes" if limit and time.monotonic() - begun >= 60 * limit else ""
 
-        steps, saved = _steps(trainer, folder, checkpoints, saving, stop), 0
-        try:
-            for _ in watch(trainer, steps) if watch else steps:
-                pass
-            saved = _save(trainer, folder)  # before the evaluation, which may meet a broken row
-            evaluated = trainer.evaluate()
-            if trainer.average:
-                evaluated["average"] = trainer.evaluate_average()
-        except UserError as error:
-            saved = saved or _save(trainer, folder)
-            kept = f", its network after {saved} steps in {folder.model_file}" if saved else ""
-            raise UserError(f"{error} (its metrics are in {folder.metrics_file}{kept})") from None
-        finally:
-            steps.close()  # nothing is read ahead any more
-        summary = {
-            "name": config.name,
-            "seed": config.seed,
-            "backend": backend.name,
-            "device": backend.device,
-            "precision": config.train.precision,
-            "data": trainer.where_data.removeprefix("data: "),
-            "steps": trainer.steps,
-            "rows": trainer.rows,
-            "seconds": trainer.seconds,
-            "rows_per_second": trainer.rows / trainer.seconds,
-            "stopped": trainer.stopped,
-            **({"best": trainer.selection.best} if trainer.selection else {}),
-            **evaluated,
-        }
-        folder.write_summary(summary)
-        drawn: list[Path] = []
-        if pictures:
-            from gpu_bp.report import draw  # late: it takes matplotlib along
-
-            drawn = draw(folder, trainer.model, trainer.dataset)
-        return Result(summary, trainer.model, folder.path, drawn)
+        steps = held.enter_context(closing(_steps(trainer, folder, checkpoints, saving, stop)))
+        return _run(trainer, folder, watch(trainer, steps) if watch else steps, pictures)
 
 
 def resume(
@@ -178,6 +144,45 @@ def resume(
         raise UserError(f"{run} is not a run folder: it has no {folder.config_file.name}")
     config = load_config(folder.config_file, overrides, own=own, trust_code=trust_code)
     return train(config, run=run, resume=True, **keywords)
+
+
+def _run(trainer: Trainer, folder: RunFolder, steps: Lines, pictures: bool) -> Result:
+    """Takes the steps, and leaves in the folder what came of them."""
+    saved = 0
+    try:
+        for _ in steps:
+            pass
+        saved = _save(trainer, folder)  # before the evaluation, which may meet a broken row
+        evaluated = trainer.evaluate()
+        if trainer.average:
+            evaluated["average"] = trainer.evaluate_average()
+    except UserError as error:
+        saved = saved or _save(trainer, folder)
+        kept = f", its network after {saved} steps in {folder.model_file}" if saved else ""
+        raise UserError(f"{error} (its metrics are in {folder.metrics_file}{kept})") from None
+    config, backend = trainer.config, trainer.model.network.backend
+    summary = {
+        "name": config.name,
+        "seed": config.seed,
+        "backend": backend.name,
+        "device": backend.device,
+        "precision": config.train.precision,
+        "data": trainer.where_data.removeprefix("data: "),
+        "steps": trainer.steps,
+        "rows": trainer.rows,
+        "seconds": trainer.seconds,
+        "rows_per_second": trainer.rows / trainer.seconds,
+        "stopped": trainer.stopped,
+        **({"best": trainer.selection.best} if trainer.selection else {}),
+        **evaluated,
+    }
+    folder.write_summary(summary)
+    drawn: list[Path] = []
+    if pictures:
+        from gpu_bp.report import draw  # late: it takes matplotlib along
+
+        drawn = draw(folder, trainer.model, trainer.dataset)
+    return Result(summary, trainer.model, folder.path, drawn)
 
 
 def _steps(
