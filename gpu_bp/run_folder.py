@@ -85,9 +85,12 @@ class RunFolder:
         if not path.is_dir():
             what = "it is a file" if path.exists() else "there is no such folder"
             raise UserError(f"{path} is not a run folder: {what}")
-        for file in (folder.config_file, folder.model_file):
-            if not file.is_file():
-                raise UserError(f"{path} is not a run folder: it has no {file.name}")
+        if not folder.config_file.is_file():
+            raise UserError(f"{path} is not a run folder: it has no {folder.config_file.name}")
+        if not folder.model_file.is_file():
+            raise UserError(
+                f"{path} has no {folder.model_file.name}: its run has not ended; gpu-bp resume {path} goes on with it"
+            )
         return folder
 
     def model(self, name: str) -> Path:
