@@ -71,7 +71,8 @@ class Resuming:
             log.info(f"{path} has no checkpoint: starting from the beginning")
             return
         facts = self._checkpoint.facts
-        self._refuse(data_changes(facts.data, described["data"]), "was trained on other data")
+        changed = {key: f"{key}: {words}" for key, words in data_changes(facts.data, described["data"]).items()}
+        self._refuse(changed, "was trained on other data")
         restore(trainer, facts.training, self._checkpoint.tensors)
         if self._changed:
             trainer.stopped = ""  # what ended it may do so no more

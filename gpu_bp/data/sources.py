@@ -53,7 +53,7 @@ class _SameRows(Source):
 
 
 class CheckedSource(_SameRows):
-    """A source of a user's own, its rows looked at where they are filled on the host.
+    """A source of a user's own, the one `given`, its rows looked at where they are filled on the host.
 
     Raises:
         UserError: (by `fill`) a row is not as the source promises (which, and how).
@@ -62,11 +62,11 @@ class CheckedSource(_SameRows):
     def __init__(self, source: Source, name: str) -> None:
         super().__init__(source, source.block_rows)
         self.backend = source.backend
-        self._source = source
+        self.given = source
         self._name = name
 
     def fill(self, rows: Array, batch: Batch) -> None:
-        self._source.fill(rows, batch)
+        self.given.fill(rows, batch)
         if isinstance(batch.inputs, np.ndarray):
             self._check(rows, batch)
 
