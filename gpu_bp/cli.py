@@ -167,7 +167,8 @@ def _train(quiet: bool, train: Callable[..., Result]) -> int:
         say(
             f"{why} at step {result.summary['steps']}; what was trained is saved: gpu-bp resume {result.folder} goes on"
         )
-    say("pictures: " + ", ".join(str(path) for path in result.pictures))
+    if result.pictures:
+        say("pictures: " + ", ".join(str(path) for path in result.pictures))
     say(f"run folder: {result.folder}")
     return 128 + signals.number if stopped == "interrupted" else 0
 

@@ -26,7 +26,8 @@ SERIES = 504
 
 def draw(folder: RunFolder, model: Model, dataset: Dataset) -> list[Path]:
     """Draws what suits the run into its folder, and returns the paths of the pictures."""
-    pictures = [_curves(folder)]
+    lines = folder.metrics()
+    pictures = [_curves(folder, lines)] if lines else []  # none where it was stopped before its first
     if dataset.n_inputs == 2:
         pictures.append(_boundary(folder, model, dataset))
     if dataset.task.kind == "regression":
@@ -50,9 +51,8 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _curves(folder: RunFolder) -> Path:
+def _curves(folder: RunFolder, lines: list[dict[str, Any]]) -> Path:
     """The losses over the steps, and below them the learning rate where it changes."""
-    lines = folder.metrics()
     steps, rates = [line["step"] for line in lines], [line["learning_rate"] for line in lines]
     if len(set(rates)) > 1:
         figure, axes = _figure(7, 5.5, rows=2, sharex=True, height_ratios=[2.5, 1])

@@ -93,7 +93,7 @@ def test_arrays(tiny_config: Tiny, in_tmp: Path) -> None:
     config = arrays(tiny_config)
     before = now(config)
     assert before == {
-        "data rows": {"train": 40, "validation": 20},
+        "data.rows": {"train": 40, "validation": 20},
         **{
             f"data.{key}": {
                 "what": str(in_tmp / file),
@@ -134,13 +134,13 @@ def test_a_table(tiny_config: Tiny, in_tmp: Path) -> None:
     config = tiny_config() | {"data": {"kind": "table", "path": "t.csv", "target_columns": ["b"], "test_rows": 10}}
     before = now(config)
     assert before == {
-        "data rows": {"train": 90, "test": 10},
+        "data.rows": {"train": 90, "test": 10},
         "data.path": {"what": str(in_tmp / table), "bytes": table.stat().st_size, "digest": sha256(table)},
     }
     with table.open("a") as file:
         file.write("1,2\n" * 300)
     assert changes(before, now(config)) == {
-        "data rows": "390 train + 10 test, were 90 train + 10 test",
+        "data.rows": "390 train + 10 test, were 90 train + 10 test",
         "data.path": f"{in_tmp}/t.csv has 1,604 bytes, had 404",
     }
 
@@ -172,10 +172,10 @@ def test_a_shard_folder(tiny_config: Tiny, in_tmp: Path) -> None:
 
 def test_generated_data_are_in_the_config(tiny_config: Tiny) -> None:
     before = now(tiny_config())
-    assert before == {"data rows": {"train": 50, "validation": 20, "test": 30}}
+    assert before == {"data.rows": {"train": 50, "validation": 20, "test": 30}}
     fewer = tiny_config(data={"test_rows": 0})
     assert changes(before, now(fewer)) == {
-        "data rows": "50 train + 20 validation, were 50 train + 20 validation + 30 test"
+        "data.rows": "50 train + 20 validation, were 50 train + 20 validation + 30 test"
     }
 
 
@@ -222,9 +222,9 @@ def test_sources_and_code_of_one_s_own(tiny_config: Tiny, in_tmp: Path, module: 
     Path("mine.py").write_text(MINE)
     config = own_config(tiny_config, module)
     before = now(config)
-    code = f"code {in_tmp / 'mine.py' if module == 'mine.py' else 'mine'}"
-    assert list(before) == ["data rows", "data.sources.train", "data.sources.test", code]
-    assert before["data rows"] == {"train": 1000, "test": 10}
+    code = f"code.{in_tmp / 'mine.py' if module == 'mine.py' else 'mine'}"
+    assert list(before) == ["data.rows", "data.sources.train", "data.sources.test", code]
+    assert before["data.rows"] == {"train": 1000, "test": 10}
     assert before["data.sources.train"]["what"] == config.data.sources.train.kind  # type: ignore[union-attr]
     assert before[code]["digest"] == sha256(Path("mine.py"))
     Path("run.toml").write_text(dump_config(config))
@@ -243,10 +243,10 @@ def test_code_that_is_no_source(tiny_config: Tiny, in_tmp: Path) -> None:
     config = tiny_config(loss={"kind": "losses:square"}, train={"metrics": ["rmse", "metrics.py:bias"]})
     before = now(config)
     assert now(Config.model_validate(config)) == before  # whose names of files are not made absolute
-    assert list(before) == ["data rows", "code losses", f"code {in_tmp}/metrics.py"]
-    assert before[f"code {in_tmp}/metrics.py"]["what"] == f"{in_tmp}/metrics.py"
+    assert list(before) == ["data.rows", "code.losses", f"code.{in_tmp}/metrics.py"]
+    assert before[f"code.{in_tmp}/metrics.py"]["what"] == f"{in_tmp}/metrics.py"
     change_byte(Path("losses.py"))
-    assert changes(before, now(config)) == {"code losses": f"{in_tmp}/losses.py has other content than it had"}
+    assert changes(before, now(config)) == {"code.losses": f"{in_tmp}/losses.py has other content than it had"}
 
 
 class Table(Source):
@@ -279,9 +279,9 @@ def test_rows_of_a_source_that_python_gave(tiny_config: Tiny, n: int) -> None:
     table = np.random.default_rng(1).uniform(1, 2, (n, 3))
     source = Table(table, weighted=True)
     before = of_source(tiny_config, source)
-    assert before["data rows"] == {"train": n}
+    assert before["data.rows"] == {"train": n}
     assert before["data.sources.train"]["what"] == "Table"
-    assert before[f"code {__name__}"]["digest"] == sha256(Path(__file__))
+    assert before[f"code.{__name__}"]["digest"] == sha256(Path(__file__))
     assert changes(before, of_source(tiny_config, source)) == {}
     asked = sorted(set(source.asked))
     assert len(asked) == min(n, 256)
@@ -307,10 +307,10 @@ def test_rows_of_a_source_on_a_device(backend: Backend, tiny_config: Tiny) -> No
     resident = load_data(config, backend=backend)
     made = parse_config(tiny_config() | {"data": {"kind": "own"}})
     on_device = identity(made, own_data(resident.sources, made.loss.record(), backend))
-    assert set(on_device) == {"data rows", "data.sources.train", "data.sources.validation", "data.sources.test"}
+    assert set(on_device) == {"data.rows", "data.sources.train", "data.sources.validation", "data.sources.test"}
     other = load_data(parse_config(tiny_config(seed=3)), backend=backend)
     found = changes(on_device, identity(made, own_data(other.sources, made.loss.record(), backend)))
-    assert set(found) == set(on_device) - {"data rows"}
+    assert set(found) == set(on_device) - {"data.rows"}
 
 
 def test_a_file_that_cannot_be_read_says_its_name(tmp_path: Path) -> None:

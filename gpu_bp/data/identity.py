@@ -27,15 +27,15 @@ WHOLE = 256 * 2**20  # bytes of a file that is read whole
 BLOCKS, BLOCK = 1024, 64 * 2**10  # of a larger one, and bytes of each
 PLACES, PLACE_ROWS = 64, 4  # of a source of one's own, and rows read at each
 
-ROWS = "data rows"  # the one key whose value is numbers of rows, by split
+ROWS = "data.rows"  # the one key whose value is numbers of rows, by split
 
 
 def identity(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
     """What the config's data are, as JSON has it; `changes` compares two of them.
 
-    The key is the config key that names a file, a folder or a source, such as "data.path", or "code MODULE" for each
+    The key is the config key that names a file, a folder or a source, such as "data.path", or "code.MODULE" for each
     module (or file) of one's own that the config names or a source's class is from: of that file alone, not of what it
-    imports. The value has "what" it is called, its "bytes" where it has any, and its "digest". "data rows" has the
+    imports. The value has "what" it is called, its "bytes" where it has any, and its "digest". "data.rows" has the
     number of rows of each split. Of generated data nothing else is said: the config says all.
 
     Raises:
@@ -55,7 +55,7 @@ def identity(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
             choice = data.sources and getattr(data.sources, name)
             what = choice.kind if choice else type(_given(source)).__qualname__
             found[f"data.sources.{name}"] = {"what": what, "digest": _digest_of_rows(dataset, name)}
-    return found | {f"code {module}": _file(file) for module, file in _code(config, dataset)}
+    return found | {f"code.{module}": _file(file) for module, file in _code(config, dataset)}
 
 
 def changes(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
