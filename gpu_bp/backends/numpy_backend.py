@@ -52,15 +52,22 @@ class Scratch:
     row_start = cached_property(lambda self: np.arange(self._shape[0]) * self._shape[1])
 
 
+def _is_set(flag: Array | None) -> bool:
+    """Whether a training has gone wrong: see `Backend.watch`."""
+    return flag is not None and bool(flag[0] >= 0)
+
+
 class NumpyBackend:
     """Arrays in host memory, products by NumPy's BLAS."""
 
     name = "numpy"
     resident_bytes = 2**28
+    read_every = 1
 
     def __init__(self) -> None:
         self.device = platform.processor() or platform.machine()
         self._scratch: dict[tuple[tuple[int, ...], Any], Scratch] = {}
+        self._zeros: dict[Any, np.ndarray] = {}
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return np.zeros(shape, dtype)
@@ -179,11 +186,29 @@ class NumpyBackend:
         clip = 1.0 if squares is None else most / (math.sqrt(float(squares[0])) * scale * mean + 1e-6)
         out[0] = mean * min(clip, 1.0)
 
-    def limit_norms(self, weights: Array, most: float) -> None:
+    def watch(self, gradients: Array, total: Array, step: int, flag: Array) -> None:
+        if _is_set(flag):
+            return
+        dtype = gradients.dtype
+        if dtype not in self._zeros:
+            self._zeros[dtype] = np.zeros(4 * BLOCK, dtype)
+        zeros = self._zeros[dtype]
+        # 0 times what is finite is 0, and else NaN. vdot, as dot warns of it.
+        finite = all(
+            np.vdot(gradients[part], zeros[: part.stop - part.start]) == 0 for part in self._parts(len(gradients))
+        )
+        if not (finite and math.isfinite(total[0])):
+            flag[0] = step
+
+    def limit_norms(self, weights: Array, most: float, flag: Array | None = None) -> None:
+        if _is_set(flag):
+            return
         for (w,), scratch in self._slices(weights):
             limit_norm.numpy(w, most, scratch)
 
-    def average(self, parameters: Array, average: Array, rest: float) -> None:
+    def average(self, parameters: Array, average: Array, rest: float, flag: Array | None = None) -> None:
+        if _is_set(flag):
+            return
         for (w, mean), scratch in self._slices(parameters, average):
             np.subtract(w, mean, out=scratch.a)
             scratch.a *= rest
@@ -200,7 +225,10 @@ class NumpyBackend:
         scalars: Mapping[str, float],
         n_weights: int,
         factor: Array | None = None,
+        flag: Array | None = None,
     ) -> None:
+        if _is_set(flag):
+            return
         arrays = (parameters, gradients, *state)
         scale = scale if factor is None else scale * float(factor[0])
         if not any(penalty.weights_only for penalty in penalties):

@@ -63,7 +63,7 @@ def by_config(**sections: Any) -> tuple[Counter[str], set[str]]:
     }
     config = {key: {**config.get(key, {}), **sections.get(key, {})} for key in {**config, **sections}}
     step = Trainer(parse_config(config), counted.backend)._step
-    size = step.objective._losses.shape[0]
+    size = step.objective.losses.shape[0]
     batches = [batch(counted, start, min(start + size, ROWS)) for start in range(0, ROWS, size)]
     return counted.launches(lambda: [step(part) for part in batches])
 
