@@ -17,7 +17,7 @@ from update_rules import VARIANTS
 
 from gpu_bp import Batch, Network, Objective, Optimizer, Step, registry
 from gpu_bp.backends import Backend, NumpyBackend
-from gpu_bp.backends.numpy_backend import BLOCK
+from gpu_bp.backends.numpy_backend import LOOK
 from gpu_bp.divergence import Diagnosis, diagnose
 from gpu_bp.noise import Noise
 from gpu_bp.spec import FusedLoss
@@ -46,7 +46,7 @@ def flag_after(b: Backend, gradients: np.ndarray, total: float, flag: int = -1, 
 @given(data=st.data())
 def test_the_flag_is_set_where_anything_is_not_finite(backend: Backend, dtype: str, data: st.DataObject) -> None:
     """At any place of the gradients, at and about the borders of blocks, or in the total."""
-    block = 4 * BLOCK
+    block = LOOK
     size = data.draw(st.integers(1, 70) | st.sampled_from([block - 1, block, block + 1, 2 * block + 3]))
     info = np.finfo(dtype)
     finite = st.sampled_from([0.0, -0.0, 1.5, info.max, -info.max, info.tiny, info.smallest_subnormal])

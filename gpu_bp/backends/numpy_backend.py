@@ -29,6 +29,8 @@ from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, GroupedLoss, Los
 
 # Elements that a formula works on at a time: its few arrays then stay in a core's second-level cache.
 BLOCK = 16384
+# Likewise where nothing is written.
+LOOK = 4 * BLOCK
 
 
 class Scratch:
@@ -54,7 +56,7 @@ class Scratch:
 
 def _is_set(flag: Array | None) -> bool:
     """Whether a training has gone wrong: see `Backend.watch`."""
-    return flag is not None and bool(flag[0] >= 0)
+    return flag is not None and bool(flag.item() >= 0)
 
 
 class NumpyBackend:
@@ -67,7 +69,7 @@ class NumpyBackend:
     def __init__(self) -> None:
         self.device = platform.processor() or platform.machine()
         self._scratch: dict[tuple[tuple[int, ...], Any], Scratch] = {}
-        self._zeros: dict[Any, np.ndarray] = {}
+        self._zeros = {np.dtype(name): np.zeros(LOOK, name) for name in ("float32", "float64")}
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return np.zeros(shape, dtype)
@@ -187,17 +189,12 @@ class NumpyBackend:
         out[0] = mean * min(clip, 1.0)
 
     def watch(self, gradients: Array, total: Array, step: int, flag: Array) -> None:
-        if _is_set(flag):
-            return
-        dtype = gradients.dtype
-        if dtype not in self._zeros:
-            self._zeros[dtype] = np.zeros(4 * BLOCK, dtype)
-        zeros = self._zeros[dtype]
-        # 0 times what is finite is 0, and else NaN. vdot, as dot warns of it.
-        finite = all(
-            np.vdot(gradients[part], zeros[: part.stop - part.start]) == 0 for part in self._parts(len(gradients))
-        )
-        if not (finite and math.isfinite(total[0])):
+        finite = math.isfinite(total.item())
+        for start in range(0, len(gradients), LOOK):
+            part = gradients[start : start + LOOK]
+            # 0 times what is finite is 0, and 0 times anything else is NaN
+            finite = finite and part.dot(self._zeros[part.dtype][: len(part)]) == 0
+        if not (finite or _is_set(flag)):
             flag[0] = step
 
     def limit_norms(self, weights: Array, most: float, flag: Array | None = None) -> None:
