@@ -117,7 +117,12 @@ def page(report: dict[str, Any]) -> str:
     cells = [step.Cell(**cell) for cell in report["steps"]]
     lines += ["", "## A step against its bare products", "", step.table(cells), ""]
     ratios = [data.Ratio(**ratio) for ratio in report["data"]]
-    lines += ["## Data against what they must not be slower than", "", data.table(ratios), ""]
+    lines += [
+        "## Data, and the watch over a step, against what they must not be slower than",
+        "",
+        data.table(ratios),
+        "",
+    ]
     if report["trouble"]:
         lines += ["```", report["trouble"], "```", ""]
     return "\n".join(lines)
@@ -135,7 +140,7 @@ def check(backend: Backend, *, curve_steps: int, only_curves: bool) -> dict[str,
     if not only_curves:
         try:
             cells = step.run(backend)
-            ratios = data.run(backend)
+            ratios = [*data.run(backend), *step.run_watched(backend)]
         except Exception as error:
             trouble = f"{type(error).__name__}: {error}"
         tests = run_tests(backend.name, SECONDS - 20 - (time.monotonic() - begin))

@@ -12,8 +12,14 @@ ROUNDS = 7
 ROUND_SECONDS = 0.2
 
 
-def alternate(backend: Backend, calls: Sequence[Callable[[], None]], rounds: int = ROUNDS) -> list[float]:
-    """Seconds a call, the median of rounds that take the calls in turn."""
+def alternate(
+    backend: Backend, calls: Sequence[Callable[[], None]], rounds: int = ROUNDS, seconds: float | None = None
+) -> list[float]:
+    """Seconds a call, the median of rounds that take the calls in turn, for so many seconds each.
+
+    Many short rounds tell small differences where a machine has other work too.
+    """
+    wanted = ROUND_SECONDS if seconds is None else seconds
 
     def once(call: Callable[[], None], n: int) -> float:
         begin = time.perf_counter()
@@ -24,6 +30,6 @@ def alternate(backend: Backend, calls: Sequence[Callable[[], None]], rounds: int
 
     for call in calls:
         once(call, 3)
-    counts = [max(1, int(ROUND_SECONDS / once(call, 3))) for call in calls]
+    counts = [max(1, int(wanted / once(call, 3))) for call in calls]
     taken = [[once(call, n) for call, n in zip(calls, counts, strict=True)] for _ in range(rounds)]
     return [median(column) for column in zip(*taken, strict=True)]

@@ -4,18 +4,22 @@
 
 A ratio of 1 would be a step whose formulas cost nothing. Rounds alternate between the two, and the median of the
 rounds is taken; absolute times say little, since machines are shared.
+
+And what it costs to notice that a training diverges: the look at a step's gradient and loss, as a part of the step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import data
 from benchmarks.rounds import alternate
 from gpu_bp import Batch, Network, Objective, Optimizer, Step, registry, select
 from gpu_bp.backends import Backend
@@ -28,6 +32,9 @@ CELLS = (
     (1024, 1024, "relu", "adam"),
 )
 LAYERS = 3
+# Of a network whose steps are watched: widths, batch, and at most what part of a step the watch may take.
+WATCHED = (([32, 256, 256, 256, 1], 1024, 0.01), ([2, 20, 1], 1, None))
+WATCH_ROUNDS, WATCH_SECONDS = 151, 0.01  # since the difference is small
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,34 @@ def measure(backend: Backend, width: int, batch_size: int, activation: str, opti
     return Cell(width, batch_size, activation, optimizer, *seconds)
 
 
+def watched(backend: Backend, widths: list[int], batch_size: int, limit: float | None) -> list[data.Ratio]:
+    """A step with the watch, of one without; and the watch alone, which other work on the machine hides less."""
+    rng, steps = np.random.default_rng(0), []
+    for watch in (True, False):
+        network = Network(widths, ["tanh"] * (len(widths) - 2) + ["identity"], backend=backend)
+        network.load({name: 0.05 * rng.standard_normal(shape) for name, shape in network.layout.shapes.items()})
+        optimizer = Optimizer(registry.update("adam"), network, constant(1e-4))
+        steps.append(Step(Objective(network, registry.loss("squared_error"), batch_size), optimizer, watch=watch))
+    inputs, targets = (rng.standard_normal((batch_size, n)).astype(np.float32) for n in (widths[0], widths[-1]))
+    batch = Batch(*(backend.to_device(x) for x in (inputs, targets, np.arange(batch_size))))
+    objective, flag = steps[0].objective, steps[0].flag
+
+    def watch_alone() -> None:
+        backend.watch(objective.gradients, objective.total, 1, flag)
+
+    def of_a_bare_step(call: Callable[[], None]) -> float:
+        seconds, bare = alternate(backend, [call, lambda: steps[1](batch)], WATCH_ROUNDS, WATCH_SECONDS)
+        return seconds / bare
+
+    where = f"{'-'.join(map(str, widths))}, batch {batch_size}"
+    return [
+        data.Ratio(
+            f"a step that is watched, of one that is not: {where}", of_a_bare_step(lambda: steps[0](batch)), None
+        ),
+        data.Ratio(f"the watch alone, of a step: {where}", of_a_bare_step(watch_alone), limit),
+    ]
+
+
 def table(cells: list[Cell]) -> str:
     """The cells as a Markdown table."""
     lines = [
@@ -87,6 +122,11 @@ def run(backend: Backend) -> list[Cell]:
     return [measure(backend, *cell) for cell in CELLS]
 
 
+def run_watched(backend: Backend) -> list[data.Ratio]:
+    """What the watch costs, in all networks."""
+    return [ratio for network in WATCHED for ratio in watched(backend, *network)]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="auto")
@@ -94,10 +134,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     backend, why = select(options.backend)
     print(why)
-    cells = run(backend)
-    print(table(cells))
+    cells, ratios = run(backend), run_watched(backend)
+    print(table(cells), data.table(ratios), sep="\n\n")
     if options.json:
         report: list[dict[str, Any]] = [asdict(cell) | {"ratio": cell.ratio} for cell in cells]
+        report += [asdict(ratio) | {"passed": ratio.passed} for ratio in ratios]
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

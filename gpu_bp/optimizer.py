@@ -65,8 +65,11 @@ class Optimizer:
         """The rate of the next step."""
         return self.schedule(self.steps) * self.rate_factor
 
-    def step(self, gradients: Array, scale: float, factor: Array | None = None) -> None:
-        """Updates the parameters with the mean gradient, scale * factor * gradients (flat buffers)."""
+    def step(self, gradients: Array, scale: float, factor: Array | None = None, flag: Array | None = None) -> None:
+        """Updates the parameters with the mean gradient, scale * factor * gradients (flat buffers).
+
+        Where the `flag` of `Backend.watch` is set, a step is counted, and nothing is changed.
+        """
         rate = self.learning_rate
         self.steps += 1
         scalars = self.record.scalars(self.steps, rate, **self._parameters) | self._numbers
@@ -83,4 +86,5 @@ class Optimizer:
             scalars,
             self._n_weights,
             factor,
+            flag,
         )

@@ -11,7 +11,11 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from gpu_bp.checkpoint import CheckpointFolder, Facts
+from gpu_bp.divergence import SMALLER
+from gpu_bp.errors import Diverged
 from gpu_bp.run_folder import RunFolder
 from gpu_bp.trainer import Trainer
 from gpu_bp.training_state import Tensors, take
@@ -54,6 +58,8 @@ class Saving:
     def save(self, *, wait: bool = False) -> None:
         """Writes a checkpoint of the last step, now; `wait` until it is on the disk."""
         self._finish()
+        if self._trainer.step.diverged() is not None:
+            return  # it is about to be told
         state, tensors = take(self._trainer)
         facts = Facts(training=state, metrics_bytes=self._folder.metrics_bytes, **self._described)
         self._last = self._trainer.steps, self._trainer.epoch, time.monotonic()
@@ -83,6 +89,11 @@ class Saving:
         )
 
     def _write(self, facts: Facts, tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            if not np.isfinite(tensor).all():  # the next step would be the first to show it
+                raise Diverged(
+                    f"the training diverged at step {facts.training.step}: {name} is not finite after it; {SMALLER}"
+                )
         self._folder.flush_metrics()  # what is said to be there is there, after a power cut too
         self._checkpoints.write(facts, tensors)
 

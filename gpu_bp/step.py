@@ -37,6 +37,7 @@ class Objective:
         rows: how many rows without weights those batches had. weight: (1,) float64, what the others weighed.
         weighed: whether these rows weighed anything when `mean_loss` was last read: else the mean is NaN.
         signals: the arrays of each layer, as the last batch left them.
+        losses: (batch_size, n) likewise its loss values, weighed; n is 1, or as many as there are targets.
         last_weights: (rows,) what the rows of the last batch weighed, None where each weighed 1.
     """
 
@@ -63,12 +64,12 @@ class Objective:
         self.signals = network.signals(
             batch_size, loss, backward=backward, keep_net_inputs=keep_net_inputs, noise=noise
         )
-        self._losses = backend.zeros((batch_size, loss.losses_width(network.widths[-1])), network.dtype)
+        self.losses = backend.zeros((batch_size, loss.losses_width(network.widths[-1])), network.dtype)
         noisy = noise is not None and noise.on_inputs
         self._inputs = backend.zeros((batch_size if noisy else 0, network.widths[0]), network.dtype)
         self._class_weights = None if class_weights is None else backend.to_device(class_weights.astype(network.dtype))
         self._weights = backend.zeros((0 if class_weights is None else batch_size,), network.dtype)
-        self._parts: dict[int, tuple[list[Signals], Array]] = {batch_size: (self.signals, self._losses)}
+        self._parts: dict[int, tuple[list[Signals], Array]] = {batch_size: (self.signals, self.losses)}
         self._checked: set[tuple[object, ...]] = set()
         self.total = backend.zeros((1,), np.float64)
         self.weight = backend.zeros((1,), np.float64)
@@ -146,11 +147,7 @@ class Objective:
         mean = float(to_host(self.total)[0]) / weight if weight else float("nan")
         self.weighed = weight > 0
         if reset:
-            self.total.fill(0)
-            self.rows = 0
-            if self._weighted:
-                self.weight.fill(0)
-                self._weighted = False
+            self.forget_loss()
         return mean
 
     def state(self) -> dict[str, Any]:
@@ -165,6 +162,14 @@ class Objective:
         self.weight.fill(state["weight"])
         self.rows, self._weighted = state["rows"], state["weighted"]
 
+    def forget_loss(self) -> None:
+        """The sums of `mean_loss` begin anew."""
+        self.total.fill(0)
+        self.rows = 0
+        if self._weighted:
+            self.weight.fill(0)
+            self._weighted = False
+
     def _draw(self, batch: Batch, step: int) -> Draw | None:
         return None if self.noise is None else Draw(self.noise, step, batch.place)
 
@@ -178,8 +183,8 @@ class Objective:
             raise ValueError(f"inputs must be (rows, {widths[0]}) {dtype}, not {inputs.shape} {inputs.dtype}")
         if batch.weights is not None and (batch.weights.shape != (batch.n,) or batch.weights.dtype != dtype):
             raise ValueError(f"weights must be (rows,) {dtype}, not {batch.weights.shape} {batch.weights.dtype}")
-        if batch.n > len(self._losses):
-            raise ValueError(f"a batch of {batch.n} rows; the arrays were made for {len(self._losses)}")
+        if batch.n > len(self.losses):
+            raise ValueError(f"a batch of {batch.n} rows; the arrays were made for {len(self.losses)}")
         classes = self.loss.targets == "classes" and targets.shape == (batch.n,) and targets.dtype == np.int64
         if not classes and (targets.shape != (batch.n, n_targets) or targets.dtype != dtype):
             wanted = f"(rows, {n_targets}) {dtype}" + (", or (rows,) int64" if self.loss.targets == "classes" else "")
@@ -188,17 +193,26 @@ class Objective:
     def _part(self, n: int) -> tuple[list[Signals], Array]:
         """The arrays for n rows: views of the full ones, kept, for the shorter last batch of an epoch."""
         if n not in self._parts:
-            self._parts[n] = ([signal.rows(n) for signal in self.signals], self._losses[:n])
+            self._parts[n] = ([signal.rows(n) for signal in self.signals], self.losses[:n])
         return self._parts[n]
 
 
 class Step:
     """A training step: the objective's gradient, then the optimizer's update by its mean over the rows.
 
+    A step whose gradient is not finite, or after which the objective's total loss is not, changes neither parameters
+    nor the optimizer's state nor the average, and no later step does: what was before it is there to be looked at.
+    The host does not wait for the device to know; it asks now and then whether the training has `diverged`.
+
     Args:
         clip_norm: the mean gradient is shrunk to this length where it is longer (Pascanu et al., 2013); 0: never.
         max_norm: likewise the weights of each hidden unit after the update; 0: never.
         average: a moving average of the parameters that each step brings up to date.
+        watch: False leaves out the look at what is finite.
+
+    Attributes:
+        flag: (1,) int64 on the device, -1 until a step goes wrong, then its number, the first step being 1; None
+            without `watch`.
     """
 
     def __init__(
@@ -209,6 +223,7 @@ class Step:
         clip_norm: float = 0.0,
         max_norm: float = 0.0,
         average: Average | None = None,
+        watch: bool = True,
     ) -> None:
         backend = objective.network.backend
         self.objective = objective
@@ -220,6 +235,7 @@ class Step:
         self._weight = backend.zeros((1,), np.float64)
         self._squares = backend.zeros((1,), np.float64)
         self._factor = backend.zeros((1,), objective.network.dtype)
+        self.flag: Array | None = backend.to_device(np.full(1, -1)) if watch else None
 
     def __call__(self, batch: Batch) -> None:
         objective, backend, step = self.objective, self.objective.network.backend, self.optimizer.steps
@@ -246,12 +262,31 @@ class Step:
                 squares.fill(0)
                 backend.accumulate(gradients, squares, squares=True)
             backend.step_factor(scale, self._weight if weighted else None, squares, self._clip_norm, factor)
-        self.optimizer.step(gradients, scale, factor)
+        flag = self.flag
+        if flag is not None:
+            backend.watch(gradients, self.objective.total, self.optimizer.steps + 1, flag)
+        self.optimizer.step(gradients, scale, factor, flag)
         if self._max_norm:
             for layer in network.layers[:-1]:
-                backend.limit_norms(layer.weights, self._max_norm)
+                backend.limit_norms(layer.weights, self._max_norm, flag)
         if self.average is not None:
-            self.average.add(network.parameters)
+            self.average.add(network.parameters, flag)
+
+    def diverged(self) -> int | None:
+        """The number of the first step that went wrong, as metrics count them: the first step is 1; None: all is well.
+
+        Waits for the device. To know why, see `gpu_bp.divergence.diagnose`.
+        """
+        if self.flag is None:
+            return None
+        step = int(self.objective.network.backend.to_host(self.flag)[0])
+        return step if step >= 0 else None
+
+    def reset_flag(self) -> None:
+        """Steps change parameters again, for whoever has set all back; the loss so far is forgotten."""
+        self.objective.forget_loss()
+        if self.flag is not None:
+            self.flag.fill(-1)
 
 
 class Average:
@@ -268,7 +303,7 @@ class Average:
         self._rest = 1 - decay
         self.begun = False  # whether there is a mean yet
 
-    def add(self, parameters: Array) -> None:
-        """Brings the average up to date after a step."""
-        self.network.backend.average(parameters, self.network.parameters, self._rest if self.begun else 1.0)
+    def add(self, parameters: Array, flag: Array | None = None) -> None:
+        """Brings the average up to date after a step; not where the `flag` of `Backend.watch` is set."""
+        self.network.backend.average(parameters, self.network.parameters, self._rest if self.begun else 1.0, flag)
         self.begun = True

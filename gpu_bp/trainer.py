@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from gpu_bp.data import Dataset, load_data
 from gpu_bp.data.batches import Batches
 from gpu_bp.data.classes import class_weights
 from gpu_bp.data.sources import settle
+from gpu_bp.divergence import diagnose
 from gpu_bp.errors import Diverged, UserError, unknown
 from gpu_bp.evaluation import Evaluator, evaluate, evaluators, try_metrics
 from gpu_bp.initial import initialise
@@ -178,16 +180,17 @@ class Trainer:
         its state in another process, it goes on as if it had never stopped.
 
         Raises:
-            Diverged: the loss is no longer finite.
+            Diverged: a loss or a gradient was not finite (at which step, where, and for which rows); the network is
+                the one before that step.
         """
-        objective, optimizer = self.step.objective, self.step.optimizer
+        objective, optimizer, backend = self.step.objective, self.step.optimizer, self.model.network.backend
         begin = time.perf_counter() - self.seconds
         if self.paused:
             self.stopped, self.paused = "", False
-        # where a training diverges, its loss says so; NumPy's warnings would only come before it
+        # where a training diverges it is told why; NumPy's warnings would only come before it
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             while self.steps < self.total_steps and not self.stopped:
-                epoch = self.epoch
+                epoch, bad = self.epoch, None
                 follows = self.total_steps - self.steps > self._batches.per_epoch - self.epoch_step
                 for batch in self._batches.epoch(epoch, self.epoch_step, follows=follows):
                     rate = optimizer.learning_rate
@@ -198,27 +201,46 @@ class Trainer:
                     self.steps += 1
                     self.go_to(epoch, self.epoch_step + 1)
                     last, due = self.steps == self.total_steps, self.steps % self._log_every == 0
+                    reason = stop()
+                    if last or due or reason or self.steps % backend.read_every == 0:
+                        bad = self.step.diverged()
+                        if bad is not None:
+                            break
                     self.seconds = time.perf_counter() - begin
                     line: dict[str, Any] | None = None
                     if last or due:
                         line = {"epoch": epoch + 1, "step": self.steps, "rows": self.rows}
-                        train_loss, weighed = objective.mean_loss(), objective.weighed
+                        train_loss = objective.mean_loss()
                         self.seconds = time.perf_counter() - begin
-                        if weighed:
-                            self._refuse_divergence(train_loss)
                         line |= {"seconds": self.seconds, "learning_rate": rate, "train_loss": train_loss}
                         line |= self._evaluate_line()
                         if self.selection and self.selection.observe(line):
                             self.stopped = self.stopped or "patience"
                         if due:  # no line that only ends the training
                             optimizer.schedule.observe(line)
-                    if not (last or self.stopped) and (reason := stop()):
+                    if reason and not (last or self.stopped):
                         self.stopped, self.paused = reason, True
                     yield line
                     if line:
                         begin = time.perf_counter() - self.seconds  # what evaluation took is not training
                     if last or self.stopped:
                         break
+                if bad is not None:
+                    raise self._diverged_at(bad)
+
+    def _diverged_at(self, step: int) -> Diverged:
+        """Looks at a step that went wrong, the network being as it was before."""
+        epoch, epoch_step = self._place_of(step)
+        self.steps = step - 1
+        batches = self._batches.epoch(epoch, epoch_step, follows=False)
+        with closing(batches):
+            return Diverged(str(diagnose(self.step.objective, batches, step)))
+
+    def _place_of(self, step: int) -> tuple[int, int]:
+        """The epoch and the step of the epoch, both from 0, of one of the steps taken, the first step being 1."""
+        return divmod(
+            self.epoch * self._batches.per_epoch + self.epoch_step - (self.steps - step) - 1, self._batches.per_epoch
+        )
 
     def go_to(self, epoch: int, epoch_step: int) -> None:
         """The next step is this one of an epoch, both counted from 0, and the training's end follows from it."""

@@ -121,6 +121,7 @@ def restore(trainer: Trainer, state: TrainingState, tensors: Mapping[str, np.nda
     trainer.go_to(state.epoch, state.epoch_step)
     trainer.stopped, trainer.rewinds = state.stopped, state.rewinds
     optimizer.steps, optimizer.rate_factor = state.step, state.rate_factor
+    trainer.step.reset_flag()
     trainer.step.objective.restore(state.loss.model_dump())
     if state.schedule:
         optimizer.schedule.restore(state.schedule.model_dump())

@@ -88,6 +88,15 @@ def test_step_benchmark(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> No
     assert step.table([cell]).count("\n") == 2
 
 
+def test_watch_benchmark(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Likewise."""
+    monkeypatch.setattr(step, "WATCH_ROUNDS", 3)
+    monkeypatch.setattr(step, "WATCHED", (([2, 3, 1], 4, 0.01),))
+    ratios = step.run_watched(backend)
+    assert [ratio.limit for ratio in ratios] == [None, 0.01]
+    assert all(ratio.value and ratio.value > 0 for ratio in ratios)
+
+
 def test_data_benchmark(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs, and says what was not measured; what it measures is not judged here."""
     monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.0)

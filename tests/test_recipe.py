@@ -225,7 +225,7 @@ def test_a_training_that_diverges_leaves_its_best(tiny_config: Tiny, in_tmp: Pat
                 trainer.model.network.parameters.fill(np.nan)
 
     config = tiny_config(train={"epochs": 50, "log_every": 1}, stopping={})
-    with pytest.raises(UserError, match=r"diverged: .* its network after \d steps in run.model.safetensors"):
+    with pytest.raises(UserError, match=r"diverged at step 6: .* its network after \d steps in run.model.safetensors"):
         gpu_bp.train(config, backend="numpy", run="run", pictures=False, watch=broken)
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     best = min(line["validation_loss"] for line in lines[:5])

@@ -19,12 +19,14 @@ from gpu_bp.spec import Activation, Array, Loss, Penalty, RowActivation, Update
 class Backend(Protocol):
     """A place where networks are trained. `name` and `device` describe it in words.
 
-    `resident_bytes`: as much data is put on the device at once where nobody says otherwise.
+    `resident_bytes`: as much data is put on the device at once where nobody says otherwise. `read_every`: after how
+    many steps it pays to read back a number of the device's, for which the host may wait: 1 where the two are one.
     """
 
     name: str
     device: str
     resident_bytes: int
+    read_every: int
 
     def libraries(self) -> dict[str, Any]:
         """What computes here, by name: versions and settings that results depend on in their last bits.
@@ -132,10 +134,19 @@ class Backend(Protocol):
         rule of PyTorch: most / (length + 1e-6). Both are float64, on the device.
         """
 
-    def limit_norms(self, weights: Array, most: float) -> None:
+    # Whether a training still goes: a `flag` (1,) int64 on the device is negative as long as it does, then it is the
+    # number of the first step that went wrong. What takes a flag does nothing once it is set.
+
+    def watch(self, gradients: Array, total: Array, step: int, flag: Array) -> None:
+        """flag = step where an element of gradients (n,), or total (1,) float64, is not finite; one that is set stays.
+
+        Does not wait for the device.
+        """
+
+    def limit_norms(self, weights: Array, most: float, flag: Array | None = None) -> None:
         """Shrinks the rows of weights (n_out, n_in) that are longer than `most` to that length."""
 
-    def average(self, parameters: Array, average: Array, rest: float) -> None:
+    def average(self, parameters: Array, average: Array, rest: float, flag: Array | None = None) -> None:
         """average += rest * (parameters - average)."""
 
     def update(
@@ -149,6 +160,7 @@ class Backend(Protocol):
         scalars: Mapping[str, float],
         n_weights: int,
         factor: Array | None = None,
+        flag: Array | None = None,
     ) -> None:
         """One step of an update rule over the flat buffers, for the mean gradient scale * factor * gradients.
 

@@ -225,10 +225,35 @@ def step_factor() -> Kernel:
     )
 
 
+# Kernels that change what a training leaves take its flag first, and do nothing once it is set: `Backend.watch`.
+_FLAG = "raw int64 flag, "
+
+
+def _unless_set(text: str) -> str:
+    return f"if (flag[0] < 0) {{ {text} }}"
+
+
 @functools.cache
-def average() -> Kernel:
+def watch() -> Kernel:
+    """The flag becomes the step's number where something is not finite: all threads that write it write the same."""
+    return Kernel(
+        "T gradient, raw float64 total, int64 step",
+        "raw int64 flag",
+        _unless_set("if (!isfinite(gradient) || (i == 0 && !isfinite(total[0]))) flag[0] = step;"),
+        "gpu_bp_watch",
+    )
+
+
+@functools.cache
+def average(with_flag: bool = False) -> Kernel:
     """A moving average of the parameters."""
-    return Kernel("T w, T rest", "T mean", "mean += rest * (w - mean)", "gpu_bp_average")
+    text = "mean += rest * (w - mean);"
+    return Kernel(
+        f"{_FLAG if with_flag else ''}T w, T rest",
+        "T mean",
+        _unless_set(text) if with_flag else text,
+        "gpu_bp_average",
+    )
 
 
 @functools.cache
@@ -266,6 +291,7 @@ def update(
     scalars: tuple[str, ...],
     penalties: tuple[tuple[str, str, bool], ...] = (),
     with_factor: bool = False,
+    with_flag: bool = False,
 ) -> Kernel:
     """One step of an update rule; the scalars stand in an array, so that no kernel has one baked in.
 
@@ -278,10 +304,12 @@ def update(
         for _, apply, weights_only in penalties
     )
     mean = "scale * factor[0] * gradient" if with_factor else "scale * gradient"
+    step = f"{read} {'' if penalties else 'const '}T g = {mean}; {before}{text}"
+    optional = (_FLAG if with_flag else "") + ("raw T factor, " if with_factor else "")
     return Kernel(
-        f"raw T scalars,{' raw T factor,' if with_factor else ''} T gradient, int64 n_weights",
+        f"{optional}raw T scalars, T gradient, int64 n_weights",
         "T w" + "".join(f", T {array}" for array in state),
-        f"{read} {'' if penalties else 'const '}T g = {mean}; {before}{text}",
+        _unless_set(step) if with_flag else step,
         f"gpu_bp_{name}",
         CUDA_FUNCTIONS,
     )

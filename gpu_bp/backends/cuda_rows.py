@@ -90,6 +90,12 @@ def normalise_delta_source(dtype: str) -> str:
 
 
 @functools.cache
-def limit_norm_source(dtype: str) -> str:
-    """Max-norm: a row is the weights of a unit."""
-    return rows_source("gpu_bp_limit_norm", limit_norm.cuda, dtype, "T* all, const T most", "T* weights = all + first;")
+def limit_norm_source(dtype: str, with_flag: bool = False) -> str:
+    """Max-norm: a row is the weights of a unit. Nothing is done where the flag is set: see `Backend.watch`."""
+    return rows_source(
+        "gpu_bp_limit_norm",
+        limit_norm.cuda,
+        dtype,
+        f"T* all, const T most{', const long long* flag' if with_flag else ''}",
+        f"{'if (*flag >= 0) return; ' if with_flag else ''}T* weights = all + first;",
+    )

@@ -80,6 +80,11 @@ def raw_kernel(name: str, source: str) -> Any:
     return cupy.RawKernel(source, name)
 
 
+def _arguments(array: Array | None) -> tuple[Array, ...]:
+    """An array that a kernel takes only where there is one."""
+    return () if array is None else (array,)
+
+
 # The backend -----------------------------------------------------------------------------------------------
 
 
@@ -143,6 +148,7 @@ class CupyBackend:
     """Arrays in the memory of one CUDA device."""
 
     name = "cupy"
+    read_every = 100
 
     def __init__(self) -> None:
         self._device = cupy.cuda.Device()
@@ -290,12 +296,15 @@ class CupyBackend:
         length, limit = (0.0, math.inf) if squares is None else (squares, most)
         compiled(kernels.step_factor())(scale, total, length, limit, out)
 
-    def limit_norms(self, weights: Array, most: float) -> None:
-        source = cuda_rows.limit_norm_source(CUDA_NAMES[weights.dtype])
-        self._by_rows("gpu_bp_limit_norm", source, weights.shape, weights, weights.dtype.type(most))
+    def watch(self, gradients: Array, total: Array, step: int, flag: Array) -> None:
+        compiled(kernels.watch())(gradients, total, step, flag)
 
-    def average(self, parameters: Array, average: Array, rest: float) -> None:
-        compiled(kernels.average())(parameters, rest, average)
+    def limit_norms(self, weights: Array, most: float, flag: Array | None = None) -> None:
+        source = cuda_rows.limit_norm_source(CUDA_NAMES[weights.dtype], flag is not None)
+        self._by_rows("gpu_bp_limit_norm", source, weights.shape, weights, weights.dtype.type(most), *_arguments(flag))
+
+    def average(self, parameters: Array, average: Array, rest: float, flag: Array | None = None) -> None:
+        compiled(kernels.average(flag is not None))(*_arguments(flag), parameters, rest, average)
 
     def update(
         self,
@@ -308,6 +317,7 @@ class CupyBackend:
         scalars: Mapping[str, float],
         n_weights: int,
         factor: Array | None = None,
+        flag: Array | None = None,
     ) -> None:
         names = (*(penalty.name for penalty in penalties), *record.scalar_names)
         values = (scale, *(scalars[name] for name in names))
@@ -317,10 +327,16 @@ class CupyBackend:
         device_scalars = self._scalars[key].set(values)
         before = tuple((penalty.name, penalty.apply.cuda, penalty.weights_only) for penalty in penalties)
         text = kernels.update(
-            record.name, record.update.cuda, record.state, record.scalar_names, before, factor is not None
+            record.name,
+            record.update.cuda,
+            record.state,
+            record.scalar_names,
+            before,
+            with_factor=factor is not None,
+            with_flag=flag is not None,
         )
-        factors = () if factor is None else (factor,)
-        compiled(text)(device_scalars, *factors, gradients, n_weights, parameters, *state)
+        optional = (*_arguments(flag), *_arguments(factor))
+        compiled(text)(*optional, device_scalars, gradients, n_weights, parameters, *state)
 
     def uniforms(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
         self._fill(kernels.fill(normal=False), seed, purpose, start, out)

@@ -33,6 +33,8 @@ from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, GroupedLoss, Los
 
 # Elements that a formula works on at a time: its few arrays then stay in a core's second-level cache.
 BLOCK = 16384
+# Likewise where nothing is written.
+LOOK = 4 * BLOCK
 
 
 class Scratch:
@@ -56,15 +58,22 @@ class Scratch:
     row_start = cached_property(lambda self: np.arange(self._shape[0]) * self._shape[1])
 
 
+def _is_set(flag: Array | None) -> bool:
+    """Whether a training has gone wrong: see `Backend.watch`."""
+    return flag is not None and bool(flag.item() >= 0)
+
+
 class NumpyBackend:
     """Arrays in host memory, products by NumPy's BLAS."""
 
     name = "numpy"
     resident_bytes = 2**28
+    read_every = 1
 
     def __init__(self) -> None:
         self.device = str(or_unknown(_processor))
         self._scratch: dict[tuple[tuple[int, ...], Any], Scratch] = {}
+        self._zeros = {np.dtype(name): np.zeros(LOOK, name) for name in ("float32", "float64")}
 
     def libraries(self) -> dict[str, Any]:
         return {"simd": or_unknown(_simd), **_blas()}
@@ -186,11 +195,24 @@ class NumpyBackend:
         clip = 1.0 if squares is None else most / (math.sqrt(float(squares[0])) * scale * mean + 1e-6)
         out[0] = mean * min(clip, 1.0)
 
-    def limit_norms(self, weights: Array, most: float) -> None:
+    def watch(self, gradients: Array, total: Array, step: int, flag: Array) -> None:
+        finite = math.isfinite(total.item())
+        for start in range(0, len(gradients), LOOK):
+            part = gradients[start : start + LOOK]
+            # 0 times what is finite is 0, and 0 times anything else is NaN
+            finite = finite and part.dot(self._zeros[part.dtype][: len(part)]) == 0
+        if not (finite or _is_set(flag)):
+            flag[0] = step
+
+    def limit_norms(self, weights: Array, most: float, flag: Array | None = None) -> None:
+        if _is_set(flag):
+            return
         for (w,), scratch in self._slices(weights):
             limit_norm.numpy(w, most, scratch)
 
-    def average(self, parameters: Array, average: Array, rest: float) -> None:
+    def average(self, parameters: Array, average: Array, rest: float, flag: Array | None = None) -> None:
+        if _is_set(flag):
+            return
         for (w, mean), scratch in self._slices(parameters, average):
             np.subtract(w, mean, out=scratch.a)
             scratch.a *= rest
@@ -207,7 +229,10 @@ class NumpyBackend:
         scalars: Mapping[str, float],
         n_weights: int,
         factor: Array | None = None,
+        flag: Array | None = None,
     ) -> None:
+        if _is_set(flag):
+            return
         arrays = (parameters, gradients, *state)
         scale = scale if factor is None else scale * float(factor[0])
         if not any(penalty.weights_only for penalty in penalties):

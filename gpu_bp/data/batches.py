@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +55,7 @@ class Batches:
             self._source = on_device(backend, source)
             self._order = Order(backend, sampling, seed, source.n_rows, self._length, self.part_size)
 
-    def epoch(self, epoch: int, first: int = 0, *, follows: bool = True) -> Iterator[Batch]:
+    def epoch(self, epoch: int, first: int = 0, *, follows: bool = True) -> Generator[Batch, None, None]:
         """The batches of an epoch from step number `first` on; each is valid until the next is asked for.
 
         Rows are read ahead beyond the epoch's end where the next one `follows`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -65,9 +66,9 @@ def every_kernel(kind: str, dtype: str) -> list[Kernel]:
             parameters = {name: value for name, value in record.values.items() if name != "weight_decay"}
             scalars = record.scalars(1, 0.1, **parameters) | dict.fromkeys(registry.PENALTIES, 0.1)
             for penalties in ([], [*registry.PENALTIES.values()]):
-                for factor in (None, b.zeros((1,), dtype)):
+                for factor, flag in itertools.product((None, b.zeros((1,), dtype)), (None, b.zeros((1,), np.int64))):
                     arrays = (b.zeros((6,), dtype), b.zeros((6,), dtype), state)
-                    b.update(record, penalties, *arrays, 1.0, scalars, 3, factor)
+                    b.update(record, penalties, *arrays, 1.0, scalars, 3, factor, flag)
     elif kind == "random numbers":
         doubles, rows = b.zeros((5,), np.float64), b.zeros((2, 5), np.int64)
         b.uniforms(0, Purpose.NOISE, 0, doubles)
@@ -99,8 +100,10 @@ def of_a_step(b: Any, v: Any, y: Any, losses: Any, delta: Any, gains: Any, class
     for weight in (None, total):
         for squares in (None, total):
             b.step_factor(1.0, weight, squares, 1.0, factor)
-    b.limit_norms(v, 1.0)
-    b.average(v, y, 0.5)
+    for flag in (None, b.zeros((1,), np.int64)):
+        b.limit_norms(v, 1.0, flag)
+        b.average(v, y, 0.5, flag)
+    b.watch(gains, total, 1, flag)
 
 
 def generate(b: Any, made: Set, dtype: str) -> None:

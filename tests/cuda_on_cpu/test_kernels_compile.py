@@ -23,6 +23,7 @@ DOUBLES_ON_PURPOSE = {
     "gpu_bp_dropout": "which outputs go is the same for every precision",
     "gpu_bp_input_noise": "random numbers are float64, whatever the precision of the training",
     "gpu_bp_step_factor": "one thread, on totals that are float64",
+    "gpu_bp_watch": "one thread looks at the total loss, which is float64",
     "gpu_bp_generate_": "generated rows are float64, the same for every precision; into a float32 batch they are cast",
 }
 # In PTX these, unlike mul.rn.f64, say that the assembler may make one fused operation of two.

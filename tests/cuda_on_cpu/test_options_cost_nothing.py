@@ -63,7 +63,7 @@ def by_config(**sections: Any) -> tuple[Counter[str], set[str]]:
     }
     config = {key: {**config.get(key, {}), **sections.get(key, {})} for key in {**config, **sections}}
     step = Trainer(parse_config(config), counted.backend).step
-    size = step.objective._losses.shape[0]
+    size = step.objective.losses.shape[0]
     batches = [batch(counted, start, min(start + size, ROWS)) for start in range(0, ROWS, size)]
     return counted.launches(lambda: [step(part) for part in batches])
 
@@ -88,9 +88,10 @@ def test_a_step_launches_what_the_derivation_needs() -> None:
     """Three layers: products, activations, deltas, gradients, one update, and no allocation or wait."""
     counts, _ = by_hand()
     products = 3 + 3 + 2  # W y a layer; delta y^T a layer; W^T delta of all but the first
-    elementwise = 3 + 1 + 2 + 1  # b and phi a layer; loss and delta of the output; deltas of the hidden ones; update
+    elementwise = 3 + 1 + 2  # b and phi a layer; loss and delta of the output; deltas of the hidden ones
+    watch, update = 1, 1  # of what is finite; of all parameters
     sums = 3 + 1  # biases' gradients, the loss
-    assert counts == {"launches": products + elementwise + 2 * sums}  # a sum takes two kernels
+    assert counts == {"launches": products + elementwise + 2 * sums + watch + update}  # a sum takes two kernels
 
 
 def test_what_is_off_launches_nothing() -> None:

@@ -24,8 +24,9 @@ from cuda_on_cpu.test_kernels_on_cpu import (
     dtypes,
     lacking,
 )
-from gpu_bp import registry
+from gpu_bp import Step, registry
 from gpu_bp.spec import Activation, FusedLoss, Twin
+from gpu_bp.step import Average
 
 pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
@@ -91,6 +92,71 @@ def test_an_output_left_unwritten() -> None:
     x, y, z = arrays(cupy, 3)
     kernel(x, y, z)
     assert np.isnan(cupy.asnumpy(z)).all()
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("!isfinite(gradient)", "isnan(gradient)"),  # an infinity is let through
+        ("i == 0 && ", "i == 1 && "),  # a single parameter: nobody looks at the total
+        ("flag[0] < 0", "flag[0] < 100"),  # a later step takes the place of the first
+        ("= step", "= i"),
+    ],
+)
+def test_a_watch_that_sees_too_little(right: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = cupy_backend_module(FakeCupy())
+    kernel = module.kernels.watch()
+    check_watch(module)
+    assert right in kernel.operation
+    planted = kernel._replace(operation=kernel.operation.replace(right, wrong))
+    monkeypatch.setattr(module.kernels, "watch", lambda: planted)
+    with pytest.raises(AssertionError):
+        check_watch(module)
+
+
+def check_watch(module: Any) -> None:
+    """The first step with an infinity, or without a finite total, is the flag's."""
+    b = module.CupyBackend()
+    for gradient, total in ((np.inf, 0.0), (0.0, np.nan)):
+        flag = b.to_device(np.array([-1]))
+        for step, (g, t) in enumerate([(0.0, 0.0), (gradient, total), (np.inf, np.inf)], start=7):
+            b.watch(b.to_device(np.array([g])), b.to_device(np.array([t])), step, flag)
+        assert b.to_host(flag)[0] == 8
+
+
+@pytest.mark.parametrize("what", ["update", "average", "limit_norm"])
+def test_what_does_not_read_the_flag(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that goes wrong must change nothing; each of the three is left without its condition once."""
+    module = cupy_backend_module(FakeCupy())
+    assert unchanged(module)
+    if what == "limit_norm":
+        source = module.cuda_rows.limit_norm_source
+        monkeypatch.setattr(
+            module.cuda_rows, "limit_norm_source", lambda *a: source(*a).replace("if (*flag >= 0) return;", "")
+        )
+    else:
+        made = getattr(module.kernels, what)
+
+        def without(*arguments: Any, **named: Any) -> Any:
+            kernel = made(*arguments, **named)
+            return kernel._replace(operation=kernel.operation.replace("if (flag[0] < 0)", ""))
+
+        monkeypatch.setattr(module.kernels, what, without)
+    assert not unchanged(module)
+
+
+def unchanged(module: Any) -> bool:
+    """Whether a step whose inputs hold an infinity leaves parameters and average as they were."""
+    b = module.CupyBackend()
+    step, batch = make_step(b, "squared_error", "sgd"), make_batch(b, "squared_error", 8)
+    network = step.objective.network
+    step = Step(step.objective, step.optimizer, max_norm=0.1, average=Average(network, 0.5))
+    batch.inputs[...] = np.inf
+    before = b.to_host(network.parameters).tobytes()
+    step(batch)
+    assert step.diverged() == 1
+    average = b.to_host(step.average.network.parameters)
+    return before == b.to_host(network.parameters).tobytes() and not average.any()
 
 
 def test_a_divergent_barrier() -> None:
