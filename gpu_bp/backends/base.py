@@ -167,6 +167,17 @@ class Backend(Protocol):
     def permute(self, permutations: Permutations, first: int, out: Array) -> None:
         """out[k] = the images under permutation k of first, first + 1, ...; out is (permutations, n) int64."""
 
+    # memory, in bytes
+
+    def free_bytes(self) -> int:
+        """What the device has free, with what this process holds there and does not use."""
+
+    def scratch_bytes(self, shape: tuple[int, ...], dtype: Any) -> int:
+        """What it keeps for itself to work on an array of this shape, at most."""
+
+    def generator_bytes(self, program: Program, n_rows: int) -> int:
+        """What it needs beside the outputs to generate so many rows of a program at once."""
+
     # rows that come from the host while the device computes
 
     def staging(self, array: Array) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_bp import host_memory
 from gpu_bp.formula import Program, evaluate
 from gpu_bp.registry import (
     Permutations,
@@ -228,6 +229,19 @@ class NumpyBackend:
     def permute(self, permutations: Permutations, first: int, out: Array) -> None:
         for part in self._parts(out.shape[1], len(out)):
             out[:, part] = permutations(np.arange(first + part.start, first + part.stop))
+
+    def free_bytes(self) -> int:
+        return host_memory.free_bytes()
+
+    def scratch_bytes(self, shape: tuple[int, ...], dtype: Any) -> int:
+        block = min(math.prod(shape), max(BLOCK, math.prod(shape[1:])))
+        n_bytes: int = block * (3 * np.dtype(dtype).itemsize + 1 + 8)  # a, b, c; mask; uniforms
+        return n_bytes
+
+    def generator_bytes(self, program: Program, n_rows: int) -> int:
+        part = next(self._parts(n_rows, program.width))
+        widths = (columns.width for columns in (*program.stages.values(), *program.outputs))
+        return 8 * len(range(n_rows)[part]) * sum(widths)
 
     def staging(self, array: Array) -> np.ndarray:
         host: np.ndarray = array
