@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,6 +37,9 @@ from gpu_bp.step import Average, Step
 
 # What is proposed takes so much of the memory at most: how much is free changes, and a device rounds arrays up.
 ROOM = 0.95
+
+# what is made after the rest: with the first steps, or to be written
+SUMMED, SCRATCH, CHECKPOINT = LATE = ("summed gradients", "scratch", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -102,15 +105,15 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
         step = Step(objective, optimizer, clip_norm=asked.clip_norm, max_norm=asked.max_norm, average=average)
     counting.device["signals"] -= objective.gradients.nbytes
     counting.device["gradients"] += objective.gradients.nbytes
-    with part("gradients"):  # a second one where they are summed
+    with part(SUMMED):
         several = batches.size > batches.part_size
         step(replace(batch, last=not several))
         if several:
             step(replace(batch, place=batches.part_size))
     device, host = counting.device, counting.host
-    device["scratch"] = counting.scratch
+    device[SCRATCH] = counting.scratch
     here = device if backend.name == "numpy" else host
-    here["checkpoint"] = sum(device[name] for name in ("parameters", "optimizer state", "average", "best parameters"))
+    here[CHECKPOINT] = sum(device[name] for name in ("parameters", "optimizer state", "average", "best parameters"))
     return Need(
         {name: n for name, n in device.items() if n},
         {name: n for name, n in host.items() if n},
@@ -144,10 +147,10 @@ def out_of_memory(config: Config, dataset: Dataset, backend: Backend, step: int)
     To be asked for while the training still holds what it has.
     """
     need = estimate(config, dataset, backend)
-    held = need.total - need.device.get("checkpoint", 0)
+    held = need.total - sum(need.device.get(name, 0) for name in LATE)
     there = min(need.total, held + backend.free_bytes())
     return UserError(
-        f"out of memory at step {step}: the training needs about {size(need.total)}{_on(backend)}, and no more than "
+        f"out of memory at step {step}: the training needs about {size(need.total)}{_on(backend)}, and about "
         f"{size(there)} were there for it; {_what_fits(config, dataset, backend, there)}"
     )
 
@@ -204,7 +207,7 @@ def _what_fits(config: Config, dataset: Dataset, backend: Backend, free: int) ->
         return f"{' or '.join(found)} would fit"
     single = {"part_rows": 1} | ({} if full_batch else {"batch_size": 1})
     least = estimate(_changed(config, "host", **single), dataset, backend)
-    own = sum(least.device.get(name, 0) for name in ("parameters", "gradients", "optimizer state"))
+    own = sum(least.device.get(name, 0) for name in ("parameters", "gradients", SUMMED, "optimizer state"))
     return (
         f"no batch is small enough: a single row needs {size(least.total)}, {size(own)} of it for parameters, "
         "gradients and optimizer state; only a smaller network would fit"
@@ -245,7 +248,7 @@ class _Counting:
         self.device: Counter[str] = Counter()
         self.host: Counter[str] = Counter()
         self._part = ""
-        self._shapes: set[tuple[tuple[int, ...], np.dtype[Any]]] = set()  # that something was done to
+        self._shapes: defaultdict[np.dtype[Any], set[tuple[int, ...]]] = defaultdict(set)  # that something was done to
         self._generated: Counter[Program] = Counter()  # rows at once, at most
 
     @contextmanager
@@ -259,7 +262,7 @@ class _Counting:
     def scratch(self) -> int:
         """What the backend itself will keep for what was asked of it."""
         generators = sum(self._backend.generator_bytes(program, n) for program, n in self._generated.items())
-        return generators + sum(self._backend.scratch_bytes(*shape) for shape in self._shapes)
+        return generators + sum(self._backend.scratch_bytes(shapes, dtype) for dtype, shapes in self._shapes.items())
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         array = _blank(shape, dtype)
@@ -283,7 +286,8 @@ class _Counting:
     def __getattr__(self, name: str) -> Callable[..., None]:
         def operation(*arguments: Any, **keywords: Any) -> None:
             arrays = [x for x in arguments if isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.size]
-            self._shapes.update((array.shape, array.dtype) for array in arrays[:1])
+            for array in arrays[:1]:
+                self._shapes[array.dtype].add(array.shape)
 
         return operation
 

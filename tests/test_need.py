@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from cuda_on_cpu.backend import cupy_backend_module
-from cuda_on_cpu.fake_cupy import FakeCupy
 
-from gpu_bp import NumpyBackend, Source, Task, Trainer, UserError, load_data, memory, parse_config, registry
+from gpu_bp import (
+    NumpyBackend,
+    Source,
+    Task,
+    Trainer,
+    UserError,
+    dump_config,
+    load_data,
+    memory,
+    parse_config,
+    registry,
+)
 from gpu_bp.cli import main
 from gpu_bp.config import Config
 from gpu_bp.data import Dataset, own_data
@@ -88,9 +100,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "generated, in order": {"data": {"residency": "host"}, "train": {"sampling": "ordered"}},
     "generated, drawn": {"data": {"residency": "host"}, "train": {"sampling": "replacement"}},
     "drawn": {"train": {"sampling": "replacement", "batch_size": 10_000}},
-    "scaled targets": {"data": {"target_scaling": "standard"}},
+    "scaled targets": {"data": {"target_scaling": "standardise"}},
     "quantiles": {"loss": {"kind": "quantile", "levels": [0.1, 0.5, 0.9]}, "train": {"metrics": ["mae"]}},
-    "classes": {"data": {"kind": "double-moon"}, "loss": {"kind": "cross_entropy"}, "train": {"metrics": ["f1"]}},
+    "classes": {
+        "data": {"kind": "double-moon"},
+        "loss": {"kind": "cross_entropy"},
+        "train": {"metrics": ["macro_f1", "auc"]},
+    },
     "classes that weigh": {
         "data": {"kind": "double-moon"},
         "loss": {"kind": "cross_entropy", "class_weight": "balanced"},
@@ -181,3 +197,248 @@ def test_rows_of_the_host(config: Make, block_rows: int, residency: str, samplin
     backend = Measured()
     sources = {"train": Weighed(5000, block_rows), "validation": Weighed(700, block_rows)}
     check(parsed, own_data(sources, parsed.loss.record(), backend), backend)
+
+
+DEVICE = ["everything", "generated, shuffled", "generated, in order", "classes that weigh"]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", [*DEVICE, "rows of the host"])
+def test_on_a_device(config: Make, name: str) -> None:
+    """All that the backend has on the device is at most 3 % less; and the host's memory that it copies from."""
+    from cuda_on_cpu.backend import cupy_backend_module
+    from cuda_on_cpu.fake_cupy import FakeCupy
+
+    cupy = FakeCupy()
+    backend = cupy_backend_module(cupy).CupyBackend()
+    if name == "rows of the host":
+        data = {"kind": "own", "residency": "host", "window_blocks": 3}
+        parsed = config(data=data, loss={"kind": "cross_entropy"})
+        dataset = own_data({"train": Weighed(5000, 100)}, parsed.loss.record(), backend)
+    else:
+        parsed = config(**OPTIONS[name])
+        dataset = load_data(parsed, backend=backend)
+    device = cupy.device
+    used, pinned, free = device.used_bytes, device.pinned_bytes, backend.free_bytes()
+    need = memory.estimate(parsed, dataset, backend)
+    assert (device.used_bytes, device.pinned_bytes) == (used, pinned), "nothing is made"
+    trainer = trained(parsed, dataset, backend)
+    assert 0.97 * need.total <= device.used_bytes - used <= need.total
+    assert free - backend.free_bytes() == device.used_bytes - used
+    staged = sum(need.host.values()) - need.host["checkpoint"]
+    scalars = sum(scalars._rows.nbytes for scalars in backend._scalars.values())
+    assert device.pinned_bytes - pinned - scalars == staged
+    assert (staged > 0) == (name == "rows of the host")
+    assert trainer.steps == 12
+
+
+@pytest.mark.kernels
+def test_free_memory_of_a_device() -> None:
+    """What the device has, with what CuPy keeps for later; and no more than CuPy was allowed."""
+    from cuda_on_cpu.backend import cupy_backend_module
+    from cuda_on_cpu.fake_cupy import FakeCupy
+
+    cupy, limits = FakeCupy(), [0, 1000, 10_000]
+    backend = cupy_backend_module(cupy).CupyBackend()
+    cupy.cuda.runtime.memGetInfo = lambda: (5000, 8000)
+    pools = [
+        SimpleNamespace(free_bytes=lambda: 200, used_bytes=lambda: 700, get_limit=lambda limit=limit: limit)
+        for limit in limits
+    ]
+    for pool, expected in zip(pools, (5200, 300, 5200), strict=True):
+        cupy.get_default_memory_pool = lambda pool=pool: pool  # type: ignore[method-assign]
+        assert backend.free_bytes() == expected
+
+
+# what does not fit ---------------------------------------------------------------------------------------------------
+
+
+def proposals(message: str) -> list[list[str]]:
+    """The overrides that a line says would fit."""
+    text = message.partition("; ")[2].removesuffix(" would fit").replace(" (the same but for rounding)", "")
+    return [change.replace(" = ", "=").split(" with ") for change in text.split(" or ")]
+
+
+def changed(config: Config, change: list[str]) -> Config:
+    """A config with overrides."""
+    tables = config.model_dump(exclude_none=True)
+    for assignment in change:
+        (section, key), value = assignment.split("=")[0].split("."), assignment.split("=")[1]
+        tables[section][key] = json.loads(value)
+    return parse_config(tables)
+
+
+def start(config: Config, budget: int) -> None:
+    """The first step of a training that has so much memory."""
+    backend = Measured(budget)
+    next(Trainer(config, backend, load_data(config, backend=backend)).run())
+
+
+LARGE: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
+    "a batch": (
+        {"data": {"rows": 200_000, "residency": "host"}, "train": {"batch_size": 200_000}},
+        [["train.part_rows"], ["train.batch_size"]],
+    ),
+    "parts": (
+        {"data": {"rows": 200_000, "residency": "host"}, "train": {"batch_size": 200_000, "part_rows": 150_000}},
+        [["train.part_rows"], ["train.batch_size"]],
+    ),
+    "all rows": (
+        {
+            "data": {"rows": 200_000, "residency": "host"},
+            "optimizer": {"kind": "rprop"},
+            "train": {"batch_size": 200_000},
+        },
+        [["train.part_rows"]],
+    ),
+    "rows": ({"data": {"rows": 2_000_000, "residency": "device"}}, [["data.residency"]]),
+    "both": (
+        {"data": {"rows": 2_000_000, "residency": "device"}, "train": {"batch_size": 300_000}},
+        [["data.residency", "train.part_rows"], ["data.residency", "train.batch_size"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_is_proposed_fits(config: Make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And half as many rows again do not, where nobody asks beforehand."""
+    sections, expected = LARGE[name]
+    parsed, budget = config(**sections), 20 * 2**20
+    with pytest.raises(UserError, match=r"the training needs .* 20.0 MiB are free and .* are missing; ") as caught:
+        start(parsed, budget)
+    assert "\n" not in str(caught.value)
+    found = proposals(str(caught.value))
+    assert [[part.partition("=")[0] for part in change] for change in found] == expected
+    for change in found:
+        start(changed(parsed, change), budget)
+    monkeypatch.setattr("gpu_bp.trainer.refuse_too_large", lambda *_: None)
+    for change in found:
+        key, _, number = change[-1].partition("=")
+        if number.isdigit():
+            with pytest.raises((MemoryError, UserError)):
+                start(changed(parsed, [*change[:-1], f"{key}={int(number) * 3 // 2}"]), budget)
+    with pytest.raises((MemoryError, UserError)):
+        start(parsed, budget)
+
+
+def test_no_batch_is_small_enough(config: Make) -> None:
+    parsed = config(network={"hidden": [1000, 1000]}, optimizer={"kind": "adam"})
+    with pytest.raises(UserError, match=r"no batch is small enough: a single row needs (.*) MiB, 15.5 MiB") as caught:
+        start(parsed, 10 * 2**20)
+    least = re.search(r"a single row needs (.*?) MiB", str(caught.value))
+    assert least
+    start(changed(parsed, ["train.batch_size=1", "train.steps=1"]), int(float(least[1]) * 2**20) + 2**20)
+
+
+def test_out_of_memory_at_a_step(config: Make) -> None:
+    """Where others take what was free: less than was needed is there, and what is proposed fits into that."""
+    sections = {"data": {"rows": 200_000, "residency": "host"}, "network": {"hidden": [200, 200]}}
+    parsed = config(**sections, train={"batch_size": 20_000, "part_rows": 10_000})
+    backend = Measured()
+    dataset = load_data(parsed, backend=backend)
+    trainer = Trainer(parsed, backend, dataset)
+    backend.budget = backend.used + 1000  # the second buffer of gradients is yet to come
+    with pytest.raises(MemoryError):
+        next(trainer.run())
+    error = memory.out_of_memory(parsed, dataset, backend, trainer.steps)
+    assert re.match(
+        r"out of memory at step 0: the training needs about .*, and about .* were there for it; ", str(error)
+    )
+    budget = backend.budget
+    for change in proposals(str(error)):
+        start(changed(parsed, change), budget)
+
+
+def test_info(config: Make, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a training will need, and whether it fits; nothing large is made for it."""
+
+    def info(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exited:
+            main(["info", "need.toml", "--backend", "numpy", *arguments])
+        return int(exited.value.code or 0), *capsys.readouterr()
+
+    (in_tmp / "need.toml").write_text(dump_config(config(optimizer={"kind": "adam"})))
+    status, out, err = info("--json")
+    assert (status, err) == (0, "")
+    facts = json.loads(out)
+    assert facts["widths"] == [12, 20, 10, 1]
+    assert facts["n_parameters"] == 12 * 20 + 20 + 20 * 10 + 10 + 10 + 1
+    assert (facts["steps"], facts["steps_per_epoch"], facts["fits"]) == (12, 10, True)
+    assert facts["total"] == sum(facts["device"].values()) < facts["free"]
+    status, out, err = info("train.epochs=2", "train.steps=12")
+    assert (status, out) == (2, "")
+    status, out, err = info()
+    assert (status, err) == (0, "")
+    for name in (
+        "network: 12 - 20 - 10 - 1, 481 parameters",
+        "steps: 12, 10 an epoch",
+        "data: 6,000 rows",
+        *facts["device"],
+    ):
+        assert re.search(f"^{name}", out, re.M), name
+
+    tracemalloc.start()
+    status, out, err = info("network.hidden=[1000000,1000000]", "data.rows=1000000000", "data.residency=device")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert status == 2
+    assert peak < 100 * 2**20
+    assert re.search(r"^in all +[\d.]+ TiB$", out, re.M)
+    assert err.startswith("error: the training needs ")
+    assert err.count("\n") == 1
+
+
+def test_sizes_are_readable() -> None:
+    numbers = [100, 2**20, 1.5 * 2**30, 12 * 2**40]
+    assert [memory.size(int(n)) for n in numbers] == ["0.1 KiB", "1.0 MiB", "1.50 GiB", "12.00 TiB"]
+
+
+# the host's memory ---------------------------------------------------------------------------------------------------
+
+V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "")
+
+
+def group(root: Path, names: tuple[str, ...], path: str, limit: object, used: int, cached: int = 0) -> None:
+    folder, limit_file, used_file, prefix = names
+    place = root / folder / path
+    place.mkdir(parents=True, exist_ok=True)
+    (place / limit_file).write_text(f"{limit}\n")
+    (place / used_file).write_text(f"{used}\n")
+    (place / "memory.stat").write_text(
+        f"anon 5\n{prefix}inactive_file {cached}\n{prefix}active_file 1\nworkingset_refault_file 7\n"
+    )
+
+
+def machine(root: Path, available: int, groups: str) -> None:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal:  99 kB\nMemFree: 3 kB\nMemAvailable:   {available} kB\n")
+    (root / "proc/self/cgroup").write_text(groups)
+
+
+def test_a_machine_without_limits(tmp_path: Path) -> None:
+    machine(tmp_path, 64, "0::/user.slice\n")
+    assert free_bytes(tmp_path) == 64 * 1024
+    group(tmp_path, V2, "user.slice", "max", 1000)
+    assert free_bytes(tmp_path) == 64 * 1024
+
+
+@pytest.mark.parametrize(("names", "line"), [(V1, "4:cpu,cpuacct:/x\n3:memory:/a/b\n"), (V2, "0::/a/b\n")])
+def test_control_groups(tmp_path: Path, names: tuple[str, ...], line: str) -> None:
+    """The tightest of those that a process is in; cached files are no obstacle."""
+    machine(tmp_path, 64, line)
+    group(tmp_path, names, "", 60_000, 1000)
+    assert free_bytes(tmp_path) == 60_000 - 1000 + 1
+    group(tmp_path, names, "a", 9000, 5000, cached=2000)
+    assert free_bytes(tmp_path) == 9000 - 5000 + 2001
+    group(tmp_path, names, "a/b", 8000, 7000, cached=500)
+    assert free_bytes(tmp_path) == 1501
+    group(tmp_path, names, "a/b", 8000, 9000)
+    assert free_bytes(tmp_path) == 0
+    group(tmp_path, names, "a/other", 10, 9)
+    assert free_bytes(tmp_path) == 0
+
+
+def test_another_system(tmp_path: Path) -> None:
+    """Without /proc the machine is asked; this one has some memory."""
+    assert 2**20 < free_bytes(tmp_path) <= sys.maxsize

@@ -6,7 +6,7 @@ written into arrays that the caller owns. Shapes and dtypes are the caller's pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -172,11 +172,11 @@ class Backend(Protocol):
     def free_bytes(self) -> int:
         """What the device has free, with what this process holds there and does not use."""
 
-    def scratch_bytes(self, shape: tuple[int, ...], dtype: Any) -> int:
-        """What it keeps for itself to work on an array of this shape, at most."""
+    def scratch_bytes(self, shapes: Iterable[tuple[int, ...]], dtype: Any) -> int:
+        """What it keeps for itself to work on arrays of these shapes, at most."""
 
     def generator_bytes(self, program: Program, n_rows: int) -> int:
-        """What it needs beside the outputs to generate so many rows of a program at once."""
+        """What it keeps for itself to generate up to so many rows of a program at once."""
 
     # rows that come from the host while the device computes
 

@@ -11,7 +11,7 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -354,10 +354,10 @@ class CupyBackend:
         limit = pool.get_limit()  # 0 for none
         return min(free, limit - pool.used_bytes()) if limit else free
 
-    def scratch_bytes(self, shape: tuple[int, ...], dtype: Any) -> int:
-        sums = {(math.prod(shape), 1), (shape[0], math.prod(shape[1:]))}
+    def scratch_bytes(self, shapes: Iterable[tuple[int, ...]], dtype: Any) -> int:
+        sums = {(n, math.prod(shape) // n) for shape in shapes for n in (shape[0], math.prod(shape))}
         item: int = np.dtype(dtype).itemsize
-        return item * sum(_chunks(rows) * columns for rows, columns in sums)
+        return item * sum({_chunks(rows) * columns for rows, columns in sums})
 
     def generator_bytes(self, program: Program, n_rows: int) -> int:
         stages = sum(columns.width for columns in program.stages.values())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -51,6 +51,12 @@ class Scratch:
     row_b = cached_property(lambda self: np.empty((self._shape[0], 1), self._dtype))
     row_index = cached_property(lambda self: np.empty(self._shape[0], np.int64))
     row_start = cached_property(lambda self: np.arange(self._shape[0]) * self._shape[1])
+
+
+def _block_rows(shape: tuple[int, ...]) -> int:
+    """Rows of an array that a formula works on at a time."""
+    rows, n = shape[0], math.prod(shape)
+    return max(1, rows) if n <= BLOCK else max(1, BLOCK * rows // n)
 
 
 class NumpyBackend:
@@ -233,15 +239,13 @@ class NumpyBackend:
     def free_bytes(self) -> int:
         return host_memory.free_bytes()
 
-    def scratch_bytes(self, shape: tuple[int, ...], dtype: Any) -> int:
-        block = min(math.prod(shape), max(BLOCK, math.prod(shape[1:])))
-        n_bytes: int = block * (3 * np.dtype(dtype).itemsize + 1 + 8)  # a, b, c; mask; uniforms
-        return n_bytes
+    def scratch_bytes(self, shapes: Iterable[tuple[int, ...]], dtype: Any) -> int:
+        blocks = {(n, *shape[1:]) for shape in shapes for step in [_block_rows(shape)] for n in (step, shape[0] % step)}
+        each: int = 3 * np.dtype(dtype).itemsize + 1 + 8  # a, b, c; mask; uniforms
+        return each * sum(map(math.prod, blocks))
 
     def generator_bytes(self, program: Program, n_rows: int) -> int:
-        part = next(self._parts(n_rows, program.width))
-        widths = (columns.width for columns in (*program.stages.values(), *program.outputs))
-        return 8 * len(range(n_rows)[part]) * sum(widths)
+        return 0  # what is made on the way is small, and gone afterwards
 
     def staging(self, array: Array) -> np.ndarray:
         host: np.ndarray = array
@@ -280,9 +284,8 @@ class NumpyBackend:
     def _slices(self, *arrays: Array) -> Iterator[tuple[tuple[Array, ...], Scratch]]:
         """The arrays cut into blocks of rows, with scratch arrays of the first one's shape."""
         first = arrays[0]
-        rows = len(first)
-        step = rows if first.size <= BLOCK else max(1, BLOCK * rows // first.size)
-        if step == rows:
+        rows, step = len(first), _block_rows(first.shape)
+        if step >= rows:
             yield arrays, self._scratch_like(first)
             return
         for start in range(0, rows, step):
