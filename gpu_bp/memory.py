@@ -1,38 +1,32 @@
 """What a training will need of the device's memory, worked out before anything is made there.
 
-The parts of the training are made as the trainer makes them, on a backend whose arrays have a shape and no memory, and
-which does nothing but count: so what is counted is what will be made. One step is taken so, for what is made then.
+The parts of the training are made as the trainer makes them, on a backend that has no memory and only counts: what is
+counted is then what will be made. One step is taken so, for what is made with it.
 
 A training that does not fit is refused in one line, which says what would.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
 from gpu_bp.backends import Backend
 from gpu_bp.build import build_batches, build_objective, network_of_zeros
 from gpu_bp.config import Config
+from gpu_bp.counting import Counting, ask, counted, resident
 from gpu_bp.data import Dataset
-from gpu_bp.data.batches import Batches
 from gpu_bp.data.classes import class_names
-from gpu_bp.data.source import Batch, Source
-from gpu_bp.data.sources import GeneratedSource, SameRows, arrays, empty, on_device, place
+from gpu_bp.data.sources import place
 from gpu_bp.errors import UserError
 from gpu_bp.evaluation import evaluators
-from gpu_bp.formula import Program
 from gpu_bp.optimizer import Optimizer
 from gpu_bp.schedule import constant
 from gpu_bp.selection import Selection
-from gpu_bp.spec import Array
 from gpu_bp.step import Average, Step
 
 # What is proposed takes so much of the memory at most: how much is free changes, and a device rounds arrays up.
@@ -72,16 +66,16 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
         UserError: the network, the metrics or the classes do not go with the data.
         MemoryError: more than can be counted.
     """
-    counting = _Counting(backend)
+    counting = Counting(backend)
     on, part, train, loss = cast(Backend, counting), counting.part, config.train, config.loss.record()
     with part("parameters"):
         network = network_of_zeros(config, dataset, on)
     dtype = network.dtype
-    resident, where = place(backend, dataset.sources, config.data.residency, dtype)
+    kept, where = place(backend, dataset.sources, config.data.residency, dtype)
     with part("rows"):
-        sources = {name: _counted(source, backend, on) for name, source in dataset.sources.items()}
-        if resident:
-            sources = {name: _resident(source, on, dtype) for name, source in sources.items()}
+        sources = {name: counted(source, backend, on) for name, source in dataset.sources.items()}
+        if kept:
+            sources = {name: resident(source, on, dtype) for name, source in sources.items()}
     with part("average"):
         average = Average(network, train.average_decay) if train.average_decay else None
     networks = [network, average.network] if average else [network]
@@ -91,11 +85,11 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
     with part("evaluation"):
         for each in networks:
             for name, evaluator in evaluators(each, loss, sources, train.metric_records()).items():
-                batch = _ask(evaluator.batches, sources[name], on, dtype)
+                batch = ask(evaluator.batches, sources[name], on, dtype)
                 evaluator.objective.forward(batch)
     with part("batches"):
         batches = build_batches(config, sources["train"], on, dtype)
-        batch = _ask(batches, sources["train"], on, dtype)
+        batch = ask(batches, sources["train"], on, dtype)
     with part("optimizer state"):
         optimizer = Optimizer(config.optimizer.record(), network, constant(config.optimizer.learning_rate))
     with part("signals"):
@@ -231,109 +225,3 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 
 def _on(backend: Backend) -> str:
     return "" if backend.name == "numpy" else " on the device"
-
-
-# counting ------------------------------------------------------------------------------------------------------------
-
-
-class _Counting:
-    """A backend that makes arrays without memory, and counts them for the part of the training that is being made.
-
-    All other operations do nothing. `device`, `host`: bytes by part.
-    """
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.name, self.resident_bytes = backend.name, backend.resident_bytes
-        self.device: Counter[str] = Counter()
-        self.host: Counter[str] = Counter()
-        self._part = ""
-        self._shapes: defaultdict[np.dtype[Any], set[tuple[int, ...]]] = defaultdict(set)  # that something was done to
-        self._generated: Counter[Program] = Counter()  # rows at once, at most
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Within it, what is made counts for this part."""
-        self._part, before = name, self._part
-        yield
-        self._part = before
-
-    @property
-    def scratch(self) -> int:
-        """What the backend itself will keep for what was asked of it."""
-        generators = sum(self._backend.generator_bytes(program, n) for program, n in self._generated.items())
-        return generators + sum(self._backend.scratch_bytes(shapes, dtype) for dtype, shapes in self._shapes.items())
-
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        array = _blank(shape, dtype)
-        self.device[self._part] += array.nbytes
-        return array
-
-    def to_device(self, host: np.ndarray) -> Array:
-        return self.zeros(host.shape, host.dtype)
-
-    def to_host(self, array: Array) -> Array:
-        return array
-
-    def staging(self, array: Array) -> Array:
-        if self.name != "numpy":
-            self.host[self._part] += array.nbytes
-        return array
-
-    def generate(self, program: Program, seed: int, first: int, rows: Array, outputs: Any) -> None:
-        self._generated[program] = max(self._generated[program], len(rows))
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def operation(*arguments: Any, **keywords: Any) -> None:
-            arrays = [x for x in arguments if isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.size]
-            for array in arrays[:1]:
-                self._shapes[array.dtype].add(array.shape)
-
-        return operation
-
-
-def _blank(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array all of whose elements are one place in memory."""
-    dtype = np.dtype(dtype)
-    if (n_bytes := math.prod(shape) * dtype.itemsize) > 2**62:
-        raise MemoryError(f"an array of {n_bytes:.1e} bytes")
-    return np.lib.stride_tricks.as_strided(np.zeros(1, dtype), shape, [0] * len(shape))
-
-
-class _Counted(SameRows):
-    """A source of as many rows as another, which fills nothing."""
-
-    def fill(self, rows: Array, batch: Batch) -> None:
-        pass
-
-
-def _counted(source: Source, backend: Backend, counting: Backend) -> Source:
-    """What stands for a source while it is counted; nothing of its own code runs."""
-    made = source.backend is backend
-    stand_in: Source = _Counted(source, source.block_rows)
-    if made and isinstance(source, GeneratedSource):
-        stand_in = copy.copy(source)
-    stand_in.backend = counting if made else source.backend
-    return stand_in
-
-
-def _resident(source: Source, counting: Backend, dtype: Any) -> Source:
-    """What stands for a `ResidentSource` of a source."""
-    arrays(counting, source, source.n_rows, dtype)
-    _fill(source, min(source.read_rows, source.n_rows), counting, dtype)
-    made = _Counted(source, 1)
-    made.backend = counting
-    return made
-
-
-def _fill(source: Source, n: int, counting: Backend, dtype: Any) -> None:
-    """Asks a source for n rows, for what is made meanwhile; what they are put into is counted elsewhere."""
-    batch = empty(cast(Backend, _Counting(counting)), source, n, dtype)
-    on_device(counting, source).fill(batch.rows, batch)
-
-
-def _ask(batches: Batches, source: Source, counting: Backend, dtype: Any) -> Batch:
-    """A batch of these, after as many rows were asked for at once as ever are."""
-    if not batches.staged:
-        _fill(source, batches.asked_rows, counting, dtype)
-    return empty(cast(Backend, _Counting(counting)), source, batches.part_size, dtype)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import tracemalloc
 import weakref
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpu_bp import (
     NumpyBackend,
@@ -32,9 +32,6 @@ from gpu_bp.cli import main
 from gpu_bp.config import Config
 from gpu_bp.data import Dataset, own_data
 from gpu_bp.data.source import Batch
-from gpu_bp.host_memory import free_bytes
-
-Make = Callable[..., Config]
 
 
 class Measured(NumpyBackend):
@@ -114,27 +111,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 } | {name: {"optimizer": {"kind": name}, "train": {"batch_size": 5000}} for name in registry.UPDATES}
 
 
-@pytest.fixture
-def config() -> Make:
+def make(**sections: Any) -> Config:
     """A config of generated data, some sections changed."""
-
-    def make(**sections: Any) -> Config:
-        kind = {} if "kind" in sections.get("data", {}) else {"kind": "teacher", "n_inputs": 12, "hidden": [30]}
-        rows = {"rows": 5000, "validation_rows": 700, "test_rows": 300}
-        tables = {
-            "data": {**rows, **kind},
-            "network": {"hidden": [20, 10]},
-            "optimizer": {"kind": "sgd", "learning_rate": 1e-3},
-            "train": {"steps": 12, "batch_size": 500},
-        }
-        changed = {name: {**tables.get(name, {}), **section} for name, section in sections.items()}
-        made = {"name": "need", **tables, **changed}
-        if made["data"]["kind"] == "own":
-            for key in rows:
-                del made["data"][key]
-        return parse_config(made)
-
-    return make
+    kind = {} if "kind" in sections.get("data", {}) else {"kind": "teacher", "n_inputs": 12, "hidden": [30]}
+    rows = {"rows": 5000, "validation_rows": 700, "test_rows": 300}
+    tables: dict[str, dict[str, Any]] = {
+        "data": rows | kind,
+        "network": {"hidden": [20, 10]},
+        "optimizer": {"kind": "sgd", "learning_rate": 1e-3},
+        "train": {"steps": 12, "batch_size": 500},
+    }
+    made = tables | {name: tables.get(name, {}) | section for name, section in sections.items()}
+    if made["data"]["kind"] == "own":
+        made["data"] = {key: value for key, value in made["data"].items() if key not in rows}
+    return parse_config({"name": "need", **made})
 
 
 def trained(config: Config, dataset: Dataset, backend: Any) -> Trainer:
@@ -165,8 +155,8 @@ def check(config: Config, dataset: Dataset, backend: Measured) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_what_is_counted_is_made(config: Make, name: str) -> None:
-    backend, parsed = Measured(), config(**OPTIONS[name])
+def test_what_is_counted_is_made(name: str) -> None:
+    backend, parsed = Measured(), make(**OPTIONS[name])
     check(parsed, load_data(parsed, backend=backend), backend)
 
 
@@ -186,10 +176,10 @@ class Weighed(Source):
 @pytest.mark.parametrize("block_rows", [1, 100])
 @pytest.mark.parametrize("residency", ["device", "host"])
 @pytest.mark.parametrize("sampling", ["shuffled", "ordered", "replacement"])
-def test_rows_of_the_host(config: Make, block_rows: int, residency: str, sampling: str) -> None:
+def test_rows_of_the_host(block_rows: int, residency: str, sampling: str) -> None:
     """Windows, and rows that are read ahead into memory of their own."""
     windows = {"window_blocks": 3} if block_rows > 1 else {}
-    parsed = config(
+    parsed = make(
         data={"kind": "own", "residency": residency, **windows},
         loss={"kind": "cross_entropy"},
         train={"sampling": sampling},
@@ -204,7 +194,7 @@ DEVICE = ["everything", "generated, shuffled", "generated, in order", "classes t
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", [*DEVICE, "rows of the host"])
-def test_on_a_device(config: Make, name: str) -> None:
+def test_on_a_device(name: str) -> None:
     """All that the backend has on the device is at most 3 % less; and the host's memory that it copies from."""
     from cuda_on_cpu.backend import cupy_backend_module
     from cuda_on_cpu.fake_cupy import FakeCupy
@@ -213,10 +203,10 @@ def test_on_a_device(config: Make, name: str) -> None:
     backend = cupy_backend_module(cupy).CupyBackend()
     if name == "rows of the host":
         data = {"kind": "own", "residency": "host", "window_blocks": 3}
-        parsed = config(data=data, loss={"kind": "cross_entropy"})
+        parsed = make(data=data, loss={"kind": "cross_entropy"})
         dataset = own_data({"train": Weighed(5000, 100)}, parsed.loss.record(), backend)
     else:
-        parsed = config(**OPTIONS[name])
+        parsed = make(**OPTIONS[name])
         dataset = load_data(parsed, backend=backend)
     device = cupy.device
     used, pinned, free = device.used_bytes, device.pinned_bytes, backend.free_bytes()
@@ -300,10 +290,10 @@ LARGE: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_what_is_proposed_fits(config: Make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_proposed_fits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And half as many rows again do not, where nobody asks beforehand."""
     sections, expected = LARGE[name]
-    parsed, budget = config(**sections), 20 * 2**20
+    parsed, budget = make(**sections), 20 * 2**20
     with pytest.raises(UserError, match=r"the training needs .* 20.0 MiB are free and .* are missing; ") as caught:
         start(parsed, budget)
     assert "\n" not in str(caught.value)
@@ -321,8 +311,29 @@ def test_what_is_proposed_fits(config: Make, name: str, monkeypatch: pytest.Monk
         start(parsed, budget)
 
 
-def test_no_batch_is_small_enough(config: Make) -> None:
-    parsed = config(network={"hidden": [1000, 1000]}, optimizer={"kind": "adam"})
+@given(budget=st.integers(2**21, 2**26), n_rows=st.integers(1, 10**6), hidden=st.lists(st.integers(1, 99), max_size=3))
+def test_the_largest_is_proposed(budget: int, n_rows: int, hidden: list[int]) -> None:
+    """It leaves a twentieth of the memory free, and one row more does not."""
+    train = {"batch_size": n_rows, "average_decay": 0.9}
+    parsed = make(data={"rows": 10**6, "residency": "host"}, network={"hidden": hidden}, train=train)
+    backend = Measured(budget)
+    dataset = load_data(parsed, backend=backend)
+    need = memory.estimate(parsed, dataset, backend)
+    message = memory.too_large(parsed, dataset, backend, need, budget)
+    assert bool(message) == (need.total > budget)
+    if not message or "only a smaller network" in message:
+        return
+    for change in proposals(message):
+        key, _, number = change[0].partition("=")
+        needs = [
+            memory.estimate(changed(parsed, [f"{key}={n}"]), dataset, backend).total
+            for n in (int(number), int(number) + 1)
+        ]
+        assert needs[0] <= 0.95 * budget < needs[1]
+
+
+def test_no_batch_is_small_enough() -> None:
+    parsed = make(network={"hidden": [1000, 1000]}, optimizer={"kind": "adam"})
     with pytest.raises(UserError, match=r"no batch is small enough: a single row needs (.*) MiB, 15.5 MiB") as caught:
         start(parsed, 10 * 2**20)
     least = re.search(r"a single row needs (.*?) MiB", str(caught.value))
@@ -330,10 +341,10 @@ def test_no_batch_is_small_enough(config: Make) -> None:
     start(changed(parsed, ["train.batch_size=1", "train.steps=1"]), int(float(least[1]) * 2**20) + 2**20)
 
 
-def test_out_of_memory_at_a_step(config: Make) -> None:
+def test_out_of_memory_at_a_step() -> None:
     """Where others take what was free: less than was needed is there, and what is proposed fits into that."""
     sections = {"data": {"rows": 200_000, "residency": "host"}, "network": {"hidden": [200, 200]}}
-    parsed = config(**sections, train={"batch_size": 20_000, "part_rows": 10_000})
+    parsed = make(**sections, train={"batch_size": 20_000, "part_rows": 10_000})
     backend = Measured()
     dataset = load_data(parsed, backend=backend)
     trainer = Trainer(parsed, backend, dataset)
@@ -349,7 +360,7 @@ def test_out_of_memory_at_a_step(config: Make) -> None:
         start(changed(parsed, change), budget)
 
 
-def test_info(config: Make, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What a training will need, and whether it fits; nothing large is made for it."""
 
     def info(*arguments: str) -> tuple[int, str, str]:
@@ -357,7 +368,7 @@ def test_info(config: Make, in_tmp: Path, capsys: pytest.CaptureFixture[str]) ->
             main(["info", "need.toml", "--backend", "numpy", *arguments])
         return int(exited.value.code or 0), *capsys.readouterr()
 
-    (in_tmp / "need.toml").write_text(dump_config(config(optimizer={"kind": "adam"})))
+    (in_tmp / "need.toml").write_text(dump_config(make(optimizer={"kind": "adam"})))
     status, out, err = info("--json")
     assert (status, err) == (0, "")
     facts = json.loads(out)
@@ -391,54 +402,3 @@ def test_info(config: Make, in_tmp: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_sizes_are_readable() -> None:
     numbers = [100, 2**20, 1.5 * 2**30, 12 * 2**40]
     assert [memory.size(int(n)) for n in numbers] == ["0.1 KiB", "1.0 MiB", "1.50 GiB", "12.00 TiB"]
-
-
-# the host's memory ---------------------------------------------------------------------------------------------------
-
-V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "")
-
-
-def group(root: Path, names: tuple[str, ...], path: str, limit: object, used: int, cached: int = 0) -> None:
-    folder, limit_file, used_file, prefix = names
-    place = root / folder / path
-    place.mkdir(parents=True, exist_ok=True)
-    (place / limit_file).write_text(f"{limit}\n")
-    (place / used_file).write_text(f"{used}\n")
-    (place / "memory.stat").write_text(
-        f"anon 5\n{prefix}inactive_file {cached}\n{prefix}active_file 1\nworkingset_refault_file 7\n"
-    )
-
-
-def machine(root: Path, available: int, groups: str) -> None:
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/meminfo").write_text(f"MemTotal:  99 kB\nMemFree: 3 kB\nMemAvailable:   {available} kB\n")
-    (root / "proc/self/cgroup").write_text(groups)
-
-
-def test_a_machine_without_limits(tmp_path: Path) -> None:
-    machine(tmp_path, 64, "0::/user.slice\n")
-    assert free_bytes(tmp_path) == 64 * 1024
-    group(tmp_path, V2, "user.slice", "max", 1000)
-    assert free_bytes(tmp_path) == 64 * 1024
-
-
-@pytest.mark.parametrize(("names", "line"), [(V1, "4:cpu,cpuacct:/x\n3:memory:/a/b\n"), (V2, "0::/a/b\n")])
-def test_control_groups(tmp_path: Path, names: tuple[str, ...], line: str) -> None:
-    """The tightest of those that a process is in; cached files are no obstacle."""
-    machine(tmp_path, 64, line)
-    group(tmp_path, names, "", 60_000, 1000)
-    assert free_bytes(tmp_path) == 60_000 - 1000 + 1
-    group(tmp_path, names, "a", 9000, 5000, cached=2000)
-    assert free_bytes(tmp_path) == 9000 - 5000 + 2001
-    group(tmp_path, names, "a/b", 8000, 7000, cached=500)
-    assert free_bytes(tmp_path) == 1501
-    group(tmp_path, names, "a/b", 8000, 9000)
-    assert free_bytes(tmp_path) == 0
-    group(tmp_path, names, "a/other", 10, 9)
-    assert free_bytes(tmp_path) == 0
-
-
-def test_another_system(tmp_path: Path) -> None:
-    """Without /proc the machine is asked; this one has some memory."""
-    assert 2**20 < free_bytes(tmp_path) <= sys.maxsize
