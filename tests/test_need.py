@@ -351,13 +351,17 @@ def test_out_of_memory_at_a_step() -> None:
     backend.budget = backend.used + 1000  # the second buffer of gradients is yet to come
     with pytest.raises(MemoryError):
         next(trainer.run())
-    error = memory.out_of_memory(parsed, dataset, backend, trainer.steps)
+    budget, error = backend.budget, memory.out_of_memory(parsed, dataset, backend, trainer.steps)
     assert re.match(
         r"out of memory at step 0: the training needs about .*, and about .* were there for it; ", str(error)
     )
-    budget = backend.budget
     for change in proposals(str(error)):
         start(changed(parsed, change), budget)
+    backend.budget = 2**62  # free, but in pieces: less was there than is needed
+    again = str(memory.out_of_memory(parsed, dataset, backend, trainer.steps))
+    needed = memory.size(memory.estimate(parsed, dataset, backend).total)
+    assert f"needs about {needed}, and about {needed} were there" in again
+    assert all(0 < int(change[0].partition("=")[2]) < 10_000 for change in proposals(again))
 
 
 def test_info(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
