@@ -24,6 +24,7 @@ from gpu_bp.data.classes import class_names
 from gpu_bp.data.sources import place
 from gpu_bp.errors import UserError
 from gpu_bp.evaluation import evaluators
+from gpu_bp.initial import host_bytes
 from gpu_bp.optimizer import Optimizer
 from gpu_bp.schedule import constant
 from gpu_bp.selection import Selection
@@ -32,8 +33,8 @@ from gpu_bp.step import Average, Step
 # What is proposed takes so much of the memory at most: how much is free changes, and a device rounds arrays up.
 ROOM = 0.95
 
-# what is made after the rest: with the first steps, or to be written
-SUMMED, SCRATCH, CHECKPOINT = LATE = ("summed gradients", "scratch", "checkpoint")
+# what is there only for a while, before the rest, with the first steps, or to be written
+INITIAL, SUMMED, SCRATCH, CHECKPOINT = PASSING = ("initial weights", "summed gradients", "scratch", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,9 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
     device[SCRATCH] = counting.scratch
     here = device if backend.name == "numpy" else host
     here[CHECKPOINT] = sum(device[name] for name in ("parameters", "optimizer state", "average", "best parameters"))
+    # where drawing the weights takes more than all that is made later: so much more
+    first = host_bytes(network) + (device["parameters"] if here is device else 0)
+    here[INITIAL] = max(0, first - sum(here.values()))
     return Need(
         {name: n for name, n in device.items() if n},
         {name: n for name, n in host.items() if n},
@@ -141,7 +145,7 @@ def out_of_memory(config: Config, dataset: Dataset, backend: Backend, step: int)
     To be asked for while the training still holds what it has.
     """
     need = estimate(config, dataset, backend)
-    held = need.total - sum(need.device.get(name, 0) for name in LATE)
+    held = need.total - sum(need.device.get(name, 0) for name in PASSING)
     there = min(need.total, held + backend.free_bytes())
     return UserError(
         f"out of memory at step {step}: the training needs about {size(need.total)}{_on(backend)}, and about "
