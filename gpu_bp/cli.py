@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -24,7 +25,9 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from gpu_bp import memory
 from gpu_bp.backends import select
+from gpu_bp.build import build_network
 from gpu_bp.config import Config
 from gpu_bp.config_file import load_config
 from gpu_bp.data import load_data
@@ -38,7 +41,7 @@ from gpu_bp.runs import Lines, Result
 from gpu_bp.runs import evaluate as evaluate_run
 from gpu_bp.runs import resume as resume_run
 from gpu_bp.runs import train as train_run
-from gpu_bp.trainer import Trainer, build_network
+from gpu_bp.trainer import Trainer
 from gpu_bp.whole_file import PartFile, write_whole
 
 app = typer.Typer(
@@ -294,25 +297,44 @@ def check(
 
 
 @app.command()
-def info(as_json: JsonOption = False) -> None:
-    """Say which versions are here, and which backend would be taken."""
-    backend, why = select("auto")
-    facts = {
-        "gpu_bp": metadata.version("gpu_bp"),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "scipy": metadata.version("scipy"),
-        "cupy": _cupy_version(),
-        "cpus": os.cpu_count(),
-        "backend": backend.name,
-        "device": backend.device,
-        "why": why,
-    }
+def info(
+    config: Annotated[Path | None, typer.Argument(help="A config file (TOML): what its training will need.")] = None,
+    overrides: OverridesArgument = None,
+    backend: BackendOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Say which versions are here and which backend would be taken; of a config, what its training needs of the memory.
+
+    Exit status 2 where it does not fit, with a line that says what would.
+    """
+    chosen, why = select(backend)
+    message = ""
+    if config is None:
+        facts = {
+            "gpu_bp": metadata.version("gpu_bp"),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "scipy": metadata.version("scipy"),
+            "cupy": _cupy_version(),
+            "cpus": os.cpu_count(),
+            "backend": chosen.name,
+            "device": chosen.device,
+            "why": why,
+        }
+        lines = [f"{key:<8} {value if value is not None else 'not installed'}" for key, value in facts.items()]
+    else:
+        parsed = load_config(config, overrides or [])
+        dataset, free = load_data(parsed, backend=chosen), chosen.free_bytes()
+        need = memory.estimate(parsed, dataset, chosen)
+        message = memory.too_large(parsed, dataset, chosen, need, free)
+        facts = {**asdict(need), "total": need.total, "free": free, "fits": not message}
+        lines = [why, *memory.table(need, free)]
     if as_json:
         _print_json(facts)
     else:
-        for key, value in facts.items():
-            print(f"{key:<8} {value if value is not None else 'not installed'}")
+        print("\n".join(lines))
+    if message:
+        raise UserError(message)
 
 
 @app.command()

@@ -113,6 +113,10 @@ class TrainSection(Section):
             raise ValueError("give either epochs or steps")
         return self
 
+    def total_steps(self, per_epoch: int) -> int:
+        """Steps in all, where an epoch has so many."""
+        return self.steps or (self.epochs or 0) * per_epoch
+
     def metric_records(self) -> list[Metric]:
         """The metrics that are listed."""
         return [section.record() for section in self.metrics]

@@ -24,7 +24,8 @@ TRAINING_ROWS = 2**17
 class Evaluator:
     """The loss and the metrics of a network on the first rows of a source: on `rows` of them.
 
-    `weighed`: whether these weighed anything when they were evaluated last; else there is no loss.
+    `weighed`: whether these weighed anything when they were evaluated last; else there is no loss. `objective`,
+    `batches`: what computes them, and how they come.
 
     Args:
         objective: of the network, for batches of `EVALUATION_ROWS` or as many rows as there are; others may use it too.
@@ -40,11 +41,11 @@ class Evaluator:
     ) -> None:
         network, loss = objective.network, objective.loss
         self._backend = network.backend
-        self._objective = objective
+        self.objective = objective
         self.metrics = Metrics(source.task, source.n_targets, metrics, weighted=source.weighted, loss=loss)
-        self._batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype)
-        self._steps = min(self._batches.per_epoch, -(-(most or source.n_rows) // self._batches.size))
-        self.rows = min(source.n_rows, self._steps * self._batches.size)
+        self.batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype)
+        self._steps = min(self.batches.per_epoch, -(-(most or source.n_rows) // self.batches.size))
+        self.rows = min(source.n_rows, self._steps * self.batches.size)
         self.weighed = False
 
     def try_metrics(self) -> None:
@@ -63,12 +64,12 @@ class Evaluator:
     def _evaluate(self, steps: int) -> dict[str, Any]:
         to_host = self._backend.to_host
         with np.errstate(over="ignore", invalid="ignore"):  # where a loss is not finite, the caller sees it
-            for batch in islice(self._batches.epoch(0, follows=False), steps):
-                outputs = self._objective.forward(batch)
+            for batch in islice(self.batches.epoch(0, follows=False), steps):
+                outputs = self.objective.forward(batch)
                 weights = None if batch.weights is None else to_host(batch.weights)
                 self.metrics.add(to_host(outputs), to_host(batch.targets), weights)
-        result = {"loss": self._objective.mean_loss(), **self.metrics.result()}
-        self.weighed = self._objective.weighed
+        result = {"loss": self.objective.mean_loss(), **self.metrics.result()}
+        self.weighed = self.objective.weighed
         return result
 
 

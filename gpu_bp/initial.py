@@ -28,6 +28,8 @@ from gpu_bp.registry import Purpose, normals, uniforms
 from gpu_bp.state_dict import by_layer
 from gpu_bp.tensor_file import read_tensors
 
+PART = 2**18  # numbers
+
 
 def initialise(network: Network, weights: Sequence[AnyWeights], seed: int) -> None:
     """Sets a network's parameters. `weights`: one choice for all layers, or one a layer.
@@ -46,11 +48,14 @@ def initialise(network: Network, weights: Sequence[AnyWeights], seed: int) -> No
         except UserError as error:
             raise UserError(f"network.weights, {first.path}: {error}") from None
         return
-    tensors = {name: np.full(shape, float(name.endswith("gains"))) for name, shape in network.layout.shapes.items()}
+    shapes = network.layout.shapes
+    tensors = {
+        n: np.full(shape, float(n.endswith("gains"))) for n, shape in shapes.items() if not n.endswith("weights")
+    }
     start = 0
     for k, choice in enumerate(weights if len(weights) > 1 else [first] * len(network.layers)):
         name, where = f"layers.{k}.weights", f"network.weights.{k}"
-        n_out, n_in = network.layout.shapes[name]
+        n_out, n_in = shapes[name]
         if isinstance(choice, FileWeights):
             file = NpyFile(Path(choice.path), where)
             tensors[name] = file.read(0, len(file)).astype(np.float64)
@@ -70,6 +75,24 @@ def initialise(network: Network, weights: Sequence[AnyWeights], seed: int) -> No
         raise UserError(f"network.weights: {error}") from None
 
 
+def host_bytes(network: Network) -> int:
+    """About what `initialise` takes of the host's memory for a while: all in float64, and copies.
+
+    Orthogonal and sparse weights of a large layer take about twice that.
+    """
+    sizes = [math.prod(shape) for shape in network.layout.shapes.values()]
+    return 8 * sum(sizes) + max(8 * max(sizes), 2 * network.layout.size * network.dtype.itemsize)
+
+
+def _normals(seed: int, purpose: Purpose, start: int, n: int) -> np.ndarray:
+    """Normals (n,), drawn in parts: those of a part take several times its memory."""
+    drawn = np.empty(n)
+    for first in range(0, n, PART):
+        part = drawn[first : first + PART]
+        part[...] = normals(seed, purpose, start + first, len(part))
+    return drawn
+
+
 def _draw(weights: DrawnWeights, seed: int, start: int, n_out: int, n_in: int) -> np.ndarray:
     """Weights (n_out, n_in) from the elements of the stream from `start` on.
 
@@ -80,18 +103,18 @@ def _draw(weights: DrawnWeights, seed: int, start: int, n_out: int, n_in: int) -
     if isinstance(weights, UniformWeights):
         return weights.low + (weights.high - weights.low) * uniforms(*key).reshape(shape)
     if isinstance(weights, NormalWeights):
-        return weights.sd * normals(*key).reshape(shape)
+        return weights.sd * _normals(*key).reshape(shape)
     if isinstance(weights, OrthogonalWeights):
-        q, r = np.linalg.qr(normals(*key).reshape(max(shape), min(shape)))
+        q, r = np.linalg.qr(_normals(*key).reshape(max(shape), min(shape)))
         q *= np.where(np.diag(r) < 0, -1.0, 1.0)  # else some orthogonal matrices would be likelier than others
         return weights.gain * (q if n_out >= n_in else q.T)
     if isinstance(weights, SparseWeights):
         lots = uniforms(seed, Purpose.CONNECTIONS, start, n_out * n_in).reshape(shape)
         unconnected = lots.argsort(axis=1, kind="stable")[:, weights.connections :]
-        drawn = weights.sd * normals(*key).reshape(shape)
+        drawn = weights.sd * _normals(*key).reshape(shape)
         np.put_along_axis(drawn, unconnected, 0.0, axis=1)
         return drawn
     sd = math.sqrt({"glorot": 2 / (n_in + n_out), "he": 2 / n_in, "lecun": 1 / n_in}[weights.kind])
     if weights.distribution == "normal":
-        return sd * normals(*key).reshape(shape)
+        return sd * _normals(*key).reshape(shape)
     return math.sqrt(3) * sd * (2 * uniforms(*key).reshape(shape) - 1)

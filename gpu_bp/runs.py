@@ -24,6 +24,7 @@ from gpu_bp.data.sources import settle
 from gpu_bp.environment import environment
 from gpu_bp.errors import Diverged, UserError
 from gpu_bp.lock import Lock
+from gpu_bp.memory import out_of_memory
 from gpu_bp.model import Model
 from gpu_bp.own import Piece
 from gpu_bp.resuming import Resuming, checkpoints_of, plain
@@ -160,6 +161,8 @@ def _run(trainer: Trainer, folder: RunFolder, steps: Lines, pictures: bool) -> R
         saved = saved or _save(trainer, folder)
         kept = f", its network after {saved} steps in {folder.model_file}" if saved else ""
         raise UserError(f"{error} (its metrics are in {folder.metrics_file}{kept})") from None
+    except MemoryError:  # CuPy's is one too; the checkpoints are as they were
+        raise out_of_memory(trainer.config, trainer.dataset, trainer.model.network.backend, trainer.steps + 1) from None
     config, backend = trainer.config, trainer.model.network.backend
     summary = {
         "name": config.name,

@@ -13,50 +13,21 @@ from typing import Any
 import numpy as np
 
 from gpu_bp.backends import Backend
+from gpu_bp.build import build_batches, build_network, build_objective
 from gpu_bp.config import Config
 from gpu_bp.config_schedule import PlateauSchedule
 from gpu_bp.data import Dataset, load_data
-from gpu_bp.data.batches import Batches
 from gpu_bp.data.classes import class_weights
 from gpu_bp.data.sources import settle
 from gpu_bp.divergence import diagnose
 from gpu_bp.errors import Diverged, UserError, unknown
 from gpu_bp.evaluation import Evaluator, evaluate, evaluators, try_metrics
-from gpu_bp.initial import initialise
+from gpu_bp.memory import refuse_too_large
 from gpu_bp.model import Model
-from gpu_bp.network import Network
 from gpu_bp.optimizer import Optimizer
 from gpu_bp.schedule import Schedule
 from gpu_bp.selection import Selection
-from gpu_bp.spec import Loss
-from gpu_bp.step import Average, Objective, Step
-
-
-def build_network(config: Config, dataset: Dataset, backend: Backend, dtype: str | None = None) -> Network:
-    """The network of a config for its data, with its initial parameters.
-
-    Raises:
-        UserError: the loss does not go with so many targets, or a file of weights does not fit.
-    """
-    try:
-        n_outputs = config.loss.record().n_outputs(dataset.n_targets)
-    except ValueError as error:
-        raise UserError(f"loss.kind: {error}") from None
-    network = Network(
-        [dataset.n_inputs, *config.network.hidden, n_outputs],
-        [*config.network.hidden_activations(), config.output_activation()],
-        biases=config.network.biases,
-        normalise=config.network.normalise,
-        residual=config.network.residual,
-        backend=backend,
-        dtype=dtype or config.train.precision,
-    )
-    if network.residual and not any(layer.shortcut for layer in network.layers):
-        raise UserError(
-            f"network.residual: no hidden layer is as wide as its inputs, the widths are {network.widths}; leave it out"
-        )
-    initialise(network, config.network.weights, config.seed)
-    return network
+from gpu_bp.step import Average, Step
 
 
 class Trainer:
@@ -74,27 +45,17 @@ class Trainer:
 
     def __init__(self, config: Config, backend: Backend, dataset: Dataset | None = None) -> None:
         dataset = dataset or load_data(config, backend=backend)
+        refuse_too_large(config, dataset, backend)
         train, loss = config.train, config.loss.record()
         network = build_network(config, dataset, backend)
         self.config = config
         self.dataset = dataset
         self.model = Model(network, dataset.preparation, loss)
-        data = config.data
-        sources, self.where_data = settle(backend, dataset.sources, data.residency, network.dtype)
+        sources, self.where_data = settle(backend, dataset.sources, config.data.residency, network.dtype)
         self._evaluators = evaluators(network, loss, sources, train.metric_records())
-        self._batches = Batches(
-            backend,
-            sources["train"],
-            train.batch_size,
-            train.sampling,
-            config.seed,
-            part_rows=train.part_rows,
-            dtype=network.dtype,
-            block_rows=data.block_rows,
-            window_blocks=data.window_blocks,
-        )
+        self._batches = build_batches(config, sources["train"], backend, network.dtype)
         per_epoch = self._batches.per_epoch
-        self.total_steps = train.steps or (train.epochs or 0) * per_epoch
+        self.total_steps = train.total_steps(per_epoch)
         # a line an epoch, and where the rows are seen once, a hundred
         self._log_every = train.log_every or (
             per_epoch if self.total_steps > per_epoch else -(-self.total_steps // 100)
@@ -111,25 +72,20 @@ class Trainer:
             raise UserError(f"{record.name} changes its step sizes itself; leave schedule out")
         self.average = Average(network, train.average_decay) if train.average_decay else None
         self._averaged = evaluators(self.average.network, loss, sources, train.metric_records()) if self.average else {}
-        self.step = self._build_step(loss)
+        self.step = self._build_step()
         self.selection = self._build_selection()
         try_metrics(self._evaluators)
         self.steps = self.rows = self.epoch = self.epoch_step = self.rewinds = 0
         self.seconds = 0.0
         self.stopped, self.paused = "", False
 
-    def _build_step(self, loss: Loss) -> Step:
+    def _build_step(self) -> Step:
         """The training step, with all that the config asks of it."""
         config, network = self.config, self.model.network
         asked = config.regularisation
         weights = config.loss.class_weight
-        objective = Objective(
-            network,
-            loss,
-            self._batches.part_size,
-            noise=config.noise(),
-            class_weights=class_weights(weights, self.dataset) if weights else None,
-        )
+        table = class_weights(weights, self.dataset) if weights else None
+        objective = build_objective(config, network, self._batches.part_size, table)
         optimizer = Optimizer(
             config.optimizer.record(),
             network,

@@ -272,7 +272,7 @@ def test_info_and_schema(cli: Cli) -> None:
         (["check-gradients", "none.toml"], "No such file"),
         (["trian"], "No such command"),
         (["train", "tiny.toml", "network.hidden=[1000000000,1000000000]"], "out of memory"),
-        (["train", "tiny.toml", "data.rows=1000000000000000", "data.residency=device"], "do not fit on the device"),
+        (["train", "tiny.toml", "data.rows=1000000000000000", "data.residency=device"], 'residency = "host" would fit'),
         (["train", "tiny.toml", "--run", "x" * 300], "File name too long"),
         (["evaluate", "tiny.toml"], "tiny.toml is not a run folder: it is a file"),
     ],

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 import gpu_bp
 from gpu_bp import Batch, Config, Objective, Source, Task, UserError, dump_config, parse_config, registry
 from gpu_bp.backends import Backend
+from gpu_bp.build import build_network
 from gpu_bp.evaluation import EVALUATION_ROWS, Evaluator
 from gpu_bp.metrics import METRICS, Metric, Metrics, find
 from gpu_bp.progress import describe
-from gpu_bp.trainer import build_network
 
 Tiny = Callable[..., dict[str, Any]]
 

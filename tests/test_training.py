@@ -147,7 +147,9 @@ def test_interruption_leaves_a_whole_run(backend: Backend, tiny_config: Tiny, tm
 
 def test_divergence_is_told(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
     config = tiny_config(optimizer={"learning_rate": 1e6}, train={"epochs": 50}, network={"activation": "identity"})
-    with pytest.raises(UserError, match=r"the training diverged at step \d+: .* is not finite.*; try a smaller optimizer.learning_rate"):
+    with pytest.raises(
+        UserError, match=r"the training diverged at step \d+: .* is not finite.*; try a smaller optimizer.learning_rate"
+    ):
         train(config, backend=backend, run=tmp_path / "run")
     steps = [line["step"] for line in lines_of(tmp_path / "run")]
     assert steps == list(range(7, 7 * len(steps) + 1, 7))

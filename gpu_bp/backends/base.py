@@ -6,7 +6,7 @@ written into arrays that the caller owns. Shapes and dtypes are the caller's pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -184,6 +184,17 @@ class Backend(Protocol):
 
     def permute(self, permutations: Permutations, first: int, out: Array) -> None:
         """out[k] = the images under permutation k of first, first + 1, ...; out is (permutations, n) int64."""
+
+    # memory, in bytes
+
+    def free_bytes(self) -> int:
+        """What the device has free, with what this process holds there and does not use."""
+
+    def scratch_bytes(self, shapes: Iterable[tuple[int, ...]], dtype: Any) -> int:
+        """What it keeps for itself to work on arrays of these shapes, at most."""
+
+    def generator_bytes(self, program: Program, n_rows: int) -> int:
+        """What it keeps for itself to generate up to so many rows of a program at once."""
 
     # rows that come from the host while the device computes
 

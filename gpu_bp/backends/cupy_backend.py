@@ -11,7 +11,7 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,16 @@ class Scalars:
 
 
 GENERATED = 2**24  # numbers of a stage that are generated at once: 128 MiB
+
+
+def _at_once(program: Program) -> int:
+    """Rows."""
+    return max(1, GENERATED // program.width)
+
+
+def _chunks(rows: int) -> int:
+    """Into how many sums rows are divided: about the root, so that there are as many threads as terms in each."""
+    return math.isqrt(max(0, rows - 1)) + 1
 
 
 class Generator:
@@ -356,7 +366,7 @@ class CupyBackend:
     def generate(self, program: Program, seed: int, first: int, rows: Array, outputs: Sequence[Array]) -> None:
         if program not in self._generators:
             self._generators[program] = Generator(program)
-        step = max(1, GENERATED // program.width)
+        step = _at_once(program)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             self._generators[program](seed, first, rows[part], [output[part] for output in outputs])
@@ -369,6 +379,21 @@ class CupyBackend:
         kernel = compiled(kernels.permute(len(p.keys)))
         for k in range(len(out)):
             kernel(*(np.uint64(x) for x in (first, p.n, p.a, p.b)), *p.keys[:, k, 0], out[k])
+
+    def free_bytes(self) -> int:
+        pool = cupy.get_default_memory_pool()
+        free: int = cupy.cuda.runtime.memGetInfo()[0] + pool.free_bytes()
+        limit = pool.get_limit()  # 0 for none
+        return min(free, limit - pool.used_bytes()) if limit else free
+
+    def scratch_bytes(self, shapes: Iterable[tuple[int, ...]], dtype: Any) -> int:
+        sums = {(n, math.prod(shape) // n) for shape in shapes for n in (shape[0], math.prod(shape))}
+        item: int = np.dtype(dtype).itemsize
+        return item * sum({_chunks(rows) * columns for rows, columns in sums})
+
+    def generator_bytes(self, program: Program, n_rows: int) -> int:
+        stages = sum(columns.width for columns in program.stages.values())
+        return 8 * min(n_rows, _at_once(program)) * stages + sum(table.nbytes for table in program.tables.values())
 
     def staging(self, array: Array) -> np.ndarray:
         memory = cupy.cuda.alloc_pinned_memory(array.nbytes)
@@ -409,8 +434,8 @@ class CupyBackend:
         raw_kernel(name, source)((blocks,), (32 * cuda_rows.ROW_WARPS,), (np.int32(rows), np.int32(n), *arguments))
 
     def _chunk_sums(self, x: Array, rows: int, columns: int, *y: Array, of: str = "x[k]") -> tuple[Array, int]:
-        """Sums of about the root of the rows each: as many threads as terms in each thread's sum."""
-        chunks = math.isqrt(rows - 1) + 1
+        """The sums of the chunks of each column, and how many chunks."""
+        chunks = _chunks(rows)
         key = (chunks * columns, x.dtype)
         if key not in self._partial:
             self._partial[key] = cupy.empty(chunks * columns, x.dtype)

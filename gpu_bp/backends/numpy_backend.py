@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_info
 
+from gpu_bp import host_memory
 from gpu_bp.backends.base import or_unknown
 from gpu_bp.formula import Program, evaluate
 from gpu_bp.registry import (
@@ -61,6 +62,12 @@ class Scratch:
 def _is_set(flag: Array | None) -> bool:
     """Whether a training has gone wrong: see `Backend.watch`."""
     return flag is not None and bool(flag.item() >= 0)
+
+
+def _block_rows(shape: tuple[int, ...]) -> int:
+    """Rows of an array that a formula works on at a time."""
+    rows, n = shape[0], math.prod(shape)
+    return max(1, rows) if n <= BLOCK else max(1, BLOCK * rows // n)
 
 
 class NumpyBackend:
@@ -261,6 +268,17 @@ class NumpyBackend:
         for part in self._parts(out.shape[1], len(out)):
             out[:, part] = permutations(np.arange(first + part.start, first + part.stop))
 
+    def free_bytes(self) -> int:
+        return host_memory.free_bytes()
+
+    def scratch_bytes(self, shapes: Iterable[tuple[int, ...]], dtype: Any) -> int:
+        blocks = {(n, *shape[1:]) for shape in shapes for step in [_block_rows(shape)] for n in (step, shape[0] % step)}
+        each: int = 3 * np.dtype(dtype).itemsize + 1 + 8  # a, b, c; mask; uniforms
+        return each * sum(map(math.prod, blocks))
+
+    def generator_bytes(self, program: Program, n_rows: int) -> int:
+        return 0  # what is made on the way is small, and gone afterwards
+
     def staging(self, array: Array) -> np.ndarray:
         host: np.ndarray = array
         return host
@@ -298,9 +316,8 @@ class NumpyBackend:
     def _slices(self, *arrays: Array) -> Iterator[tuple[tuple[Array, ...], Scratch]]:
         """The arrays cut into blocks of rows, with scratch arrays of the first one's shape."""
         first = arrays[0]
-        rows = len(first)
-        step = rows if first.size <= BLOCK else max(1, BLOCK * rows // first.size)
-        if step == rows:
+        rows, step = len(first), _block_rows(first.shape)
+        if step >= rows:
             yield arrays, self._scratch_like(first)
             return
         for start in range(0, rows, step):

@@ -25,6 +25,8 @@ class Batches:
     Attributes:
         size: rows of a step. part_size: rows of a batch, at most.
         per_epoch: steps an epoch.
+        asked_rows: rows that the source is asked for at once, at most.
+        staged: whether they come from the host into staging memory that stays.
     """
 
     def __init__(
@@ -47,10 +49,12 @@ class Batches:
         self._length = self.per_epoch * self.size if sampling == "replacement" else source.n_rows
         self._arrays = empty(backend, source, self.part_size, dtype)
         self._windows: Windows | None = None
+        self.asked_rows, self.staged = self.part_size, False
         from_host = source.backend is not backend
         if source.block_rows > 1 and (sampling == "shuffled" or (sampling == "ordered" and from_host)):
             blocks = Blocks.of(source, sampling, seed, block_rows, window_blocks)
             self._windows = Windows(backend, source, blocks, dtype)
+            self.asked_rows, self.staged = blocks.asked_rows, from_host
         else:
             self._source = on_device(backend, source)
             self._order = Order(backend, sampling, seed, source.n_rows, self._length, self.part_size)

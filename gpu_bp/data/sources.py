@@ -37,7 +37,7 @@ def put(values: np.ndarray, out: np.ndarray, what: str, first: int = 0) -> None:
         )
 
 
-class _SameRows(Source):
+class SameRows(Source):
     """A source of the rows of another."""
 
     def __init__(self, source: Source, block_rows: int) -> None:
@@ -52,7 +52,7 @@ class _SameRows(Source):
         )
 
 
-class CheckedSource(_SameRows):
+class CheckedSource(SameRows):
     """A source of a user's own, the one `given`, its rows looked at where they are filled on the host.
 
     Raises:
@@ -186,7 +186,7 @@ class SetReader:
         return Rows(inputs, labels=wanted[:, 0]) if self.classes else Rows(inputs, targets=wanted)
 
 
-class ResidentSource(_SameRows):
+class ResidentSource(SameRows):
     """A source whose rows all lie on the device: `inputs` (n, n_inputs) and `targets`, as in a `Batch`."""
 
     backend: Backend
@@ -210,7 +210,7 @@ class ResidentSource(_SameRows):
             self.backend.gather(held, rows, out)
 
 
-class UploadedSource(_SameRows):
+class UploadedSource(SameRows):
     """A source of the host, its rows copied to the device as they are asked for."""
 
     backend: Backend
@@ -248,29 +248,47 @@ def empty(backend: Backend, source: Source, n: int, dtype: Any) -> Batch:
     return Batch.of(arrays(backend, source, n, dtype), backend.zeros((n,), np.int64))
 
 
+def place(backend: Backend, sources: Mapping[str, Source], residency: str, dtype: Any) -> tuple[bool, str]:
+    """Whether the rows are put on the device: where that is asked for, or with "auto" where they fit; and a line that
+    says so."""
+    n_bytes = _bytes(sources, dtype)
+    size = f"data: {_size(sources, dtype)}"
+    if residency == "host" or (residency == "auto" and n_bytes > backend.resident_bytes):
+        generated = sources["train"].backend is not None
+        why = "as asked" if residency == "host" else f"more than {backend.resident_bytes / 2**20:,.0f} MiB"
+        return False, f"{size}, {'generated' if generated else 'read'} as they are needed ({why})"
+    return True, f"{size}, on the device ({'as asked' if residency == 'device' else 'they fit'})"
+
+
 def settle(
     backend: Backend, sources: Mapping[str, Source], residency: str, dtype: Any
 ) -> tuple[dict[str, Source], str]:
-    """The sources, put on the device where that is asked for, or with "auto" where they fit; and a line that says it.
+    """The sources, put on the device where `place` says so; and its line.
 
     Raises:
         UserError: they are to be put on the device and do not fit.
     """
-    n_rows = sum(source.n_rows for source in sources.values())
-    item = np.dtype(dtype).itemsize
-    n_bytes = sum(
-        s.n_rows * ((s.n_inputs + s.weighted) * item + (8 if s.indexed else s.n_targets * item))
-        for s in sources.values()
-    )
-    size = f"{n_rows:,} rows, {n_bytes / 2**20:,.{0 if n_bytes >= 2**20 else 3}f} MiB"
-    if residency == "host" or (residency == "auto" and n_bytes > backend.resident_bytes):
-        generated = sources["train"].backend is not None
-        why = "as asked" if residency == "host" else f"more than {backend.resident_bytes / 2**20:,.0f} MiB"
-        return dict(sources), f"data: {size}, {'generated' if generated else 'read'} as they are needed ({why})"
+    on_device, line = place(backend, sources, residency, dtype)
+    if not on_device:
+        return dict(sources), line
     try:
-        kept: dict[str, Source] = {name: ResidentSource(backend, s, dtype) for name, s in sources.items()}
+        return {name: ResidentSource(backend, s, dtype) for name, s in sources.items()}, line
     except MemoryError:  # CuPy's error is one too
         if residency == "auto":
             return settle(backend, sources, "host", dtype)
+        size = _size(sources, dtype)
         raise UserError(f"data.residency: {size} do not fit on the device; use residency = 'host'") from None
-    return kept, f"data: {size}, on the device ({'as asked' if residency == 'device' else 'they fit'})"
+
+
+def _bytes(sources: Mapping[str, Source], dtype: Any) -> int:
+    """Of all their rows."""
+    item = np.dtype(dtype).itemsize
+    return sum(
+        s.n_rows * ((s.n_inputs + s.weighted) * item + (8 if s.indexed else s.n_targets * item))
+        for s in sources.values()
+    )
+
+
+def _size(sources: Mapping[str, Source], dtype: Any) -> str:
+    n_rows, n_bytes = sum(source.n_rows for source in sources.values()), _bytes(sources, dtype)
+    return f"{n_rows:,} rows, {n_bytes / 2**20:,.{0 if n_bytes >= 2**20 else 3}f} MiB"

@@ -69,9 +69,19 @@ class Blocks:
         """Rows of a window, at most."""
         return min(self.n_rows, self.rows * self.window)
 
+    @property
+    def asked_rows(self) -> int:
+        """Rows that the source is asked for at once, at most."""
+        return self.window_rows if self._in_order else self.rows
+
+    @property
+    def _in_order(self) -> bool:
+        """Whether the blocks keep their order. Within a single window the rows' order is enough."""
+        return self.sampling == "ordered" or self.windows == 1
+
     def _permutation(self, epoch: int) -> Permutations | None:
-        """Of the blocks; None where they keep their order. Within a single window the rows' order is enough."""
-        if self.sampling == "ordered" or self.windows == 1:
+        """Of the blocks; None where they keep their order."""
+        if self._in_order:
             return None
         return Permutations.of(self.seed, Purpose.ORDER, self.count, epoch)
 

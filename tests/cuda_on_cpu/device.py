@@ -69,6 +69,7 @@ class Device:
         counts: allocations, host copies, synchronisations, device copies and launches so far.
         recording: the calls of the capture in progress, None where there is none.
         kernels: those that were called so far.
+        used_bytes: of the arrays that there are, on the device; pinned_bytes: likewise of pinned memory of the host.
     """
 
     def __init__(self, order: Order = "forward", *, dry: bool = False, lazy: bool = False) -> None:
@@ -81,6 +82,7 @@ class Device:
         self.counts: Counter[str] = Counter()
         self.recording: list[Callable[[], None]] | None = None
         self._random = np.random.default_rng(0)
+        self.used_bytes = self.pinned_bytes = 0
 
     def launch(self, call: Callable[[], None], queue: Queue | None = None) -> None:
         """Gives a stream a call, by default the current one; during a capture only notes it for the replay."""
@@ -114,13 +116,22 @@ class Device:
 
     def empty(self, shape: Any, dtype: Any, order: str = "C") -> ndarray:
         self.uncapturable("allocations")
-        return ndarray(self, *_guarded(shape, np.dtype(dtype), order))
+        memory, host = _guarded(shape, np.dtype(dtype), order)
+        self.used_bytes += host.nbytes
+        weakref.finalize(memory, self._give_back, host.nbytes, 0)
+        return ndarray(self, memory, host)
+
+    def _give_back(self, used: int, pinned: int) -> None:
+        self.used_bytes -= used
+        self.pinned_bytes -= pinned
 
     def pinned(self, nbytes: int) -> np.ndarray:
         """Host memory that the device copies from by itself, to be held until it has."""
         self.uncapturable("allocations")
         memory = np.full(nbytes, POISON, np.uint8)
         self._pinned.append(weakref.ref(memory))
+        self.pinned_bytes += nbytes
+        weakref.finalize(memory, self._give_back, 0, nbytes)
         return memory
 
     def copy_from_pinned(self, array: ndarray, address: int, nbytes: int, queue: Queue | None) -> None:

@@ -49,7 +49,7 @@ class FakeCupy:
             getDeviceCount=lambda: 1,
             getDeviceProperties=lambda number: {"name": b"a CPU that stands in for a GPU"},
             deviceSynchronize=self._synchronise,
-            memGetInfo=lambda: (2**32, 2**33),
+            memGetInfo=lambda: (2**32 - self.device.used_bytes, 2**33),
             runtimeGetVersion=lambda: 12080,
             driverGetVersion=lambda: 13010,
             CUDARuntimeError=RuntimeError,
@@ -65,6 +65,10 @@ class FakeCupy:
             Event=lambda disable_timing=False: Event(self.device),
             alloc_pinned_memory=self.device.pinned,
         )
+
+    def get_default_memory_pool(self) -> SimpleNamespace:
+        """One that keeps nothing, and has no limit."""
+        return SimpleNamespace(free_bytes=lambda: 0, used_bytes=lambda: self.device.used_bytes, get_limit=lambda: 0)
 
     def ElementwiseKernel(self, *arguments: Any, **named: Any) -> ElementwiseKernel:
         return ElementwiseKernel(self.device, codegen.real_cupy().ElementwiseKernel(*arguments, **named))

@@ -1,0 +1,74 @@
+"""From a config to the parts of a training: the network, the batches, and the objective.
+
+They are made here for the training itself, and for what it will need of the memory (`memory.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpu_bp.backends import Backend
+from gpu_bp.config import Config
+from gpu_bp.data import Dataset
+from gpu_bp.data.batches import Batches
+from gpu_bp.data.source import Source
+from gpu_bp.errors import UserError
+from gpu_bp.initial import initialise
+from gpu_bp.network import Network
+from gpu_bp.step import Objective
+
+
+def build_network(config: Config, dataset: Dataset, backend: Backend, dtype: str | None = None) -> Network:
+    """The network of a config for its data, with its initial parameters.
+
+    Raises:
+        UserError: the loss does not go with so many targets, or a file of weights does not fit.
+    """
+    network = network_of_zeros(config, dataset, backend, dtype)
+    initialise(network, config.network.weights, config.seed)
+    return network
+
+
+def network_of_zeros(config: Config, dataset: Dataset, backend: Backend, dtype: str | None = None) -> Network:
+    """The same, all its parameters 0."""
+    try:
+        n_outputs = config.loss.record().n_outputs(dataset.n_targets)
+    except ValueError as error:
+        raise UserError(f"loss.kind: {error}") from None
+    network = Network(
+        [dataset.n_inputs, *config.network.hidden, n_outputs],
+        [*config.network.hidden_activations(), config.output_activation()],
+        biases=config.network.biases,
+        normalise=config.network.normalise,
+        residual=config.network.residual,
+        backend=backend,
+        dtype=dtype or config.train.precision,
+    )
+    if network.residual and not any(layer.shortcut for layer in network.layers):
+        raise UserError(
+            f"network.residual: no hidden layer is as wide as its inputs, the widths are {network.widths}; leave it out"
+        )
+    return network
+
+
+def build_batches(config: Config, source: Source, backend: Backend, dtype: Any) -> Batches:
+    """The batches of the training rows."""
+    data, train = config.data, config.train
+    return Batches(
+        backend,
+        source,
+        train.batch_size,
+        train.sampling,
+        config.seed,
+        part_rows=train.part_rows,
+        dtype=dtype,
+        block_rows=data.block_rows,
+        window_blocks=data.window_blocks,
+    )
+
+
+def build_objective(config: Config, network: Network, rows: int, class_weights: np.ndarray | None) -> Objective:
+    """The training's objective, for batches of up to so many rows."""
+    return Objective(network, config.loss.record(), rows, noise=config.noise(), class_weights=class_weights)
