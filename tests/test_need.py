@@ -148,7 +148,7 @@ def check(config: Config, dataset: Dataset, backend: Measured) -> None:
     apart = sum(need.device.get(name, 0) for name in ("scratch", "checkpoint", "initial weights"))
     assert need.total - apart == backend.used - before
     assert backend.scratch <= need.device["scratch"]
-    network, optimizer = trainer.model.network, trainer._step.optimizer
+    network, optimizer = trainer.model.network, trainer.step.optimizer
     copies = 1 + len(optimizer.state) + bool(trainer.average)
     copies += (1 + bool(trainer.average)) * bool(trainer.selection)
     assert need.device["checkpoint"] == copies * network.parameters.nbytes
