@@ -365,13 +365,31 @@ def test_noise_is_drawn_as_it_was(backend: Backend, part: int) -> None:
     assert list(found.rows) == plan.numbers[overflows].tolist()
 
 
+def test_noise_is_drawn_as_it_was_on_the_way_back(backend: Backend) -> None:
+    """An error signal of 0.3 MAX overflows where dropout has scaled it by 5: in rows that keep any output."""
+    plan = Planned(noise=Noise(seed=1, dropout=(0.0, 0.8)), rows=40)
+    for name in ("layers.0.weights", "layers.1.weights", "layers.0.biases", "layers.1.biases"):
+        plan.tensors[name][...] = 1e-25
+    plan.tensors["layers.2.weights"][...] = 0.15 * MAX
+    plan.d[...] = -1
+    step, _ = go_wrong(backend, plan)
+    mask = np.ones((plan.rows, 4))
+    NumpyBackend().dropout(1, registry.element_of_step(BAD - 1, 2, 0), 0.8, mask, mask)
+    kept = (mask > 0).any(axis=1)
+    assert 0 < kept.sum() < plan.rows
+    found = diagnose(step.objective, plan.batches(backend), BAD)
+    assert found.what == "the local gradient of layers.1 (hidden, 4 units)"
+    assert list(found.rows) == plan.numbers[kept].tolist()
+
+
 def test_only_the_step_is_asked_for(backend: Backend) -> None:
-    """An epoch's batches may be given from the step on: the next step's are left."""
+    """An epoch's batches may be given from the step on: the next step's are left. What was before has no part in it."""
     plan, what, _ = overflow_in_backward()
     step, _ = go_wrong(backend, plan)
     batches = itertools.chain(plan.batches(backend), no_input()[0].batches(backend))
     assert diagnose(step.objective, batches, BAD).what == what
     assert diagnose(step.objective, batches, BAD).what == "an input"
+    assert diagnose(step.objective, plan.batches(backend), BAD).what == what
 
 
 def test_a_step_that_is_well_is_said_to_be(backend: Backend) -> None:
