@@ -32,25 +32,29 @@ class Diagnosis:
         what: the first array that is not finite, such as "the net input of layers.1 (hidden, 256 units)"; "" where all
             are finite.
         rows: for which rows it is not, by their numbers in the source; () where the array is none of rows.
-        n_rows: how many rows the step has.
+        batch: the rows of the step.
         advice: what may help.
     """
 
     step: int
     what: str
     rows: tuple[int, ...]
-    n_rows: int
+    batch: tuple[int, ...]
     advice: str
 
     def __str__(self) -> str:
         again = "the loss or a gradient was not finite, and all is where the step is run again"
         what = f"{self.what} is not finite" if self.what else again
         if self.rows:
-            named = ", ".join(map(str, self.rows[:NAMED_ROWS]))
-            more = len(self.rows) - NAMED_ROWS
-            named = f"row{'s' * (len(self.rows) > 1)} {named}{f' and {more} more' if more > 0 else ''}"
-            what += f" for {len(self.rows)} of the step's {self.n_rows} rows ({named})"
+            what += f" for {len(self.rows)} of the step's {len(self.batch)} rows ({_named(self.rows)})"
+        else:
+            what += f", in a step of {_named(self.batch)}"
         return f"the training diverged at step {self.step}: {what}; {self.advice}"
+
+
+def _named(rows: tuple[int, ...]) -> str:
+    named, more = ", ".join(map(str, rows[:NAMED_ROWS])), len(rows) - NAMED_ROWS
+    return f"row{'s' * (len(rows) > 1)} {named}{f' and {more} more' if more > 0 else ''}"
 
 
 def diagnose(objective: Objective, batches: Iterable[Batch], step: int) -> Diagnosis:
@@ -61,7 +65,8 @@ def diagnose(objective: Objective, batches: Iterable[Batch], step: int) -> Diagn
         batches: those of the step, in their order; none is asked for after the step's last.
         step: its number, as `Step.diverged` gives it.
     """
-    to_host, n_rows = objective.network.backend.to_host, 0
+    to_host = objective.network.backend.to_host
+    of_step: list[int] = []
     looks: list[_Look] = []
     wrong: dict[int, list[int]] = {}  # rows for which an array is not finite, by its place among the looks
     objective.forget_loss()
@@ -69,20 +74,21 @@ def diagnose(objective: Objective, batches: Iterable[Batch], step: int) -> Diagn
         for batch in batches:
             objective.forward(batch, step - 1)
             objective.backward(batch, step - 1)
-            n_rows += batch.n
+            numbers = to_host(batch.rows)
+            of_step += numbers.tolist()
             looks = list(_looks(objective, batch))
             for place, look in enumerate(looks):
                 finite = np.isfinite(to_host(look.array))
                 if not finite.all():
                     rows = wrong.setdefault(place, [])
                     if look.of_rows:
-                        rows += to_host(batch.rows)[~finite.reshape(batch.n, -1).all(axis=1)].tolist()
+                        rows += numbers[~finite.reshape(batch.n, -1).all(axis=1)].tolist()
             if batch.last:
                 break
     if not wrong:
-        return Diagnosis(step, "", (), n_rows, AGAIN)
+        return Diagnosis(step, "", (), tuple(of_step), AGAIN)
     first = min(wrong)
-    return Diagnosis(step, looks[first].what, tuple(wrong[first]), n_rows, looks[first].advice)
+    return Diagnosis(step, looks[first].what, tuple(wrong[first]), tuple(of_step), looks[first].advice)
 
 
 @dataclass(frozen=True)
@@ -119,8 +125,8 @@ def _looks(objective: Objective, batch: Batch) -> Iterator[_Look]:
         if signal.value is not signal.output:
             yield _Look(f"the activation's value of {name}", signal.value)
         yield _Look(f"the output of {name}", signal.output)
-    yield _Look("the loss", objective.losses[: batch.n])
-    yield _Look("the sum of the losses", objective.total, of_rows=False)
+    yield _Look(f"the loss at {named[-1]}", objective.losses[: batch.n])
+    yield _Look(f"the sum of the losses at {named[-1]}", objective.total, of_rows=False)
     for k in reversed(range(len(signals))):
         signal = signals[k]
         if signal.error is not None:

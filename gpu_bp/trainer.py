@@ -232,11 +232,6 @@ class Trainer:
                 f"the training diverged: the loss is {loss} at step {self.steps}; "
                 "try a smaller optimizer.learning_rate or smaller network.weights"
             )
-        if (step := self._step.diverged()) is not None:
-            raise UserError(
-                f"the training diverged: the gradient is not finite at step {step}; "
-                "try a smaller optimizer.learning_rate or smaller network.weights"
-            )
 
     def _evaluate_line(self) -> dict[str, Any]:
         """What a line of metrics says beside the training loss."""

@@ -137,6 +137,7 @@ class Planned:
         self.d = rng.uniform(-1, 0, (self.rows, self.n_targets))
         self.weights = np.ones(self.rows)
         self.numbers = 100 + 3 * np.arange(self.rows)
+        self.output = f"layers.2 (output, {self.widths[-1]} unit{'s' * (self.widths[-1] > 1)})"
 
     def step(self, b: Backend, **options: Any) -> Step:
         """A step of a network with harmless weights."""
@@ -201,14 +202,14 @@ def overflow_in_loss() -> Fault:
     """The square of an error of 10 ROOT; its gradient is finite."""
     plan = Planned(loss="squared_error")
     plan.d[4, 0] = -10 * ROOT
-    return plan, "the loss", [4]
+    return plan, f"the loss at {plan.output}", [4]
 
 
 def overflow_in_sum() -> Fault:
     """16 values of 0.4 MAX each."""
     plan = Planned(loss="squared_error")
     plan.d[...] = -((0.8 * MAX) ** 0.5)
-    return plan, "the sum of the losses", []
+    return plan, f"the sum of the losses at {plan.output}", []
 
 
 def overflow_in_backward(residual: bool = False) -> Fault:
@@ -260,13 +261,13 @@ def overflow_in_quantiles() -> Fault:
     plan = Planned(loss="quantile")
     plan.d[4] = -MAX
     plan.weights[4] = 3
-    return plan, "the loss", [4]
+    return plan, f"the loss at {plan.output}", [4]
 
 
 def overflow_in_gaussian() -> Fault:
     plan = Planned(loss="gaussian_nll", n_targets=1)
     plan.d[[2, 3]] = 100 * ROOT
-    return plan, "the loss", [2, 3]
+    return plan, f"the loss at {plan.output}", [2, 3]
 
 
 def overflow_of_output() -> Fault:
@@ -333,7 +334,7 @@ def test_a_fault_is_flagged_frozen_and_named(backend: Backend, name: str, part: 
     assert step.diverged() == BAD
     assert bits(step) == before
     found = diagnose(step.objective, plan.batches(backend, part), BAD)
-    assert (found.step, found.what, found.n_rows) == (BAD, what, ROWS)
+    assert (found.step, found.what, len(found.batch)) == (BAD, what, ROWS)
     assert list(found.rows) == plan.numbers[places].tolist()
     assert bits(step) == before
 
@@ -395,14 +396,14 @@ def test_only_the_step_is_asked_for(backend: Backend) -> None:
 def test_a_step_that_is_well_is_said_to_be(backend: Backend) -> None:
     plan = Planned()
     found = diagnose(plan.step(backend).objective, plan.batches(backend), 9)
-    assert (found.what, found.rows, found.n_rows) == ("", (), ROWS)
+    assert (found.what, found.rows, len(found.batch)) == ("", (), ROWS)
     assert "at step 9: the loss or a gradient was not finite, and all is where the step is run again" in str(found)
 
 
 @pytest.mark.parametrize(
     ("rows", "text"),
     [
-        ((), "the loss is not finite; help"),
+        ((), "the loss is not finite, in a step of rows 0, 1, 2, 3, 4 and 1019 more; help"),
         ((17,), "the loss is not finite for 1 of the step's 1024 rows (row 17); help"),
         ((5, 3), "the loss is not finite for 2 of the step's 1024 rows (rows 5, 3); help"),
         (tuple(range(5)), "the loss is not finite for 5 of the step's 1024 rows (rows 0, 1, 2, 3, 4); help"),
@@ -413,7 +414,9 @@ def test_a_step_that_is_well_is_said_to_be(backend: Backend) -> None:
     ],
 )
 def test_a_diagnosis_in_words(rows: tuple[int, ...], text: str) -> None:
-    assert str(Diagnosis(12, "the loss", rows, 1024, "help")) == f"the training diverged at step 12: {text}"
+    assert (
+        str(Diagnosis(12, "the loss", rows, tuple(range(1024)), "help")) == f"the training diverged at step 12: {text}"
+    )
 
 
 def test_a_training_can_be_set_back(backend: Backend) -> None:
