@@ -40,7 +40,7 @@ class Saving:
         """To be called after every step and the metrics it gave: writes a checkpoint where one is due.
 
         Raises:
-            OSError, UserError: the last one could not be written.
+            OSError: the last one could not be written (which file).
         """
         if self._writing is not None and self._writing.done():
             self._finish()
