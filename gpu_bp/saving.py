@@ -1,7 +1,7 @@
 """When a training's checkpoints are due, and the thread that writes them.
 
 A step does not wait for the disk: the state is copied to the host, and a thread writes the copy. One that falls due
-while the one before is being written waits for a later step.
+while the one before is being written waits for a later step; but where a training may go back to it, the step waits.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Saving:
         self._thread = ThreadPoolExecutor(1, "gpu_bp-checkpoint")
         self._writing: Future[None] | None = None
         self._last = trainer.steps, trainer.epoch, time.monotonic()
+        self._always = trainer.config.train.on_divergence == "rewind"  # where it goes back to is no matter of speed
 
     def after_step(self) -> None:
         """To be called after every step and the metrics it gave: writes a checkpoint where one is due.
@@ -46,7 +47,7 @@ class Saving:
             self._finish()
         if self._trainer.paused:
             self.save(wait=True)
-        elif self._writing is None and self._is_due():
+        elif self._is_due() and (self._writing is None or self._always):
             self.save()
 
     def save(self, *, wait: bool = False) -> None:
@@ -74,8 +75,8 @@ class Saving:
         section, trainer = self._trainer.config.checkpoint, self._trainer
         step, epoch, moment = self._last
         return (
-            bool(section.every_steps and trainer.steps - step >= section.every_steps)
-            or bool(section.every_epochs and trainer.epoch - epoch >= section.every_epochs)
+            _has_passed(section.every_steps, step, trainer.steps)
+            or _has_passed(section.every_epochs, epoch, trainer.epoch)
             or bool(section.minutes and time.monotonic() - moment >= 60 * section.minutes)
         )
 
@@ -87,3 +88,8 @@ class Saving:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
+
+
+def _has_passed(every: int | None, before: int, now: int) -> bool:
+    """Whether a count has passed a multiple of `every`: the same ones, however often a run is stopped."""
+    return every is not None and now // every > before // every
