@@ -109,6 +109,8 @@ def train(
             folder.begin(config)
         checkpoints = resuming.checkpoints if resuming else checkpoints_of(folder, config)
         saving = held.enter_context(closing(Saving(trainer, folder, checkpoints, described)))
+        if resuming and resuming.changed:
+            saving.save()  # a change was allowed once, and need not be again
         limit = config.train.max_minutes
 
         def stop() -> str:
