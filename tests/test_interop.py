@@ -72,7 +72,8 @@ def test_tensors_are_written_as_safetensors_does(tmp_path: Path) -> None:
     tensors = {"b": np.arange(3.0), 'é"\n': np.ones((2, 3), np.float32), "c": np.arange(4.0).reshape(2, 2).T}
     for metadata in (None, {"x": '{"é": 1}'}):
         digest = write_tensors(tmp_path / "t", tensors, metadata)
-        assert (tmp_path / "t").read_bytes() == save(tensors, metadata)
+        contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}  # it takes no others
+        assert (tmp_path / "t").read_bytes() == save(contiguous, metadata)
         assert digest == hashlib.sha256((tmp_path / "t").read_bytes()).hexdigest()
     (tmp_path / "other").touch()
     assert (tmp_path / "t").stat().st_mode == (tmp_path / "other").stat().st_mode
