@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
-from trainings import TRAININGS, hexed, last_checkpoint, moment, outcome, tables, write_data
+from trainings import REWINDS, TRAININGS, hexed, last_checkpoint, moment, outcome, tables, write_data
 
 import gpu_bp
 from gpu_bp import UserError, parse_config, registry, select
@@ -449,6 +449,48 @@ def test_changes_that_are_taken_in_the_middle_of_an_epoch(
     train(tiny_config(), backend="numpy", run=run, interrupted=after(4))
     train(tiny_config(**changes), backend="numpy", run=run, resume=True, allow_change=list(changes))
     assert RunFolder(run).metrics()[-1]["epoch"] == 2
+
+
+# going back ---------------------------------------------------------------------------------------------------
+
+
+def test_a_training_that_diverges_goes_back(backend: Backend, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """To the last checkpoint, at half the rate each time: it says so, and no line of what was undone is left."""
+    result = train(REWINDS, backend=backend, run=tmp_path / "run")
+    state = last_checkpoint(tmp_path / "run").facts.training
+    told = [message for message in caplog.messages if "going back to step" in message]
+    assert state.rewinds == len(told) > 1
+    assert state.rate_factor == 0.5**state.rewinds
+    assert f"at half the learning rate, {state.rewinds} of 9 times at most" in told[-1]
+    assert {"0", "10"} <= {message.partition("going back to step ")[2].split()[0] for message in told}
+    assert result.summary["steps"] == 42
+    lines = RunFolder(tmp_path / "run").metrics()
+    assert [line["step"] for line in lines] == list(range(1, 43))
+    assert lines[-1]["learning_rate"] == 4.0 * state.rate_factor
+
+
+def test_it_goes_back_so_many_times(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = {**REWINDS, "train": {**REWINDS["train"], "max_rewinds": 2}}
+    with pytest.raises(UserError, match="the training diverged"):
+        train(config, backend="numpy", run=tmp_path / "run")
+    assert sum("going back" in message for message in caplog.messages) == 2
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6, 12, 14, 16])
+def test_a_training_that_went_back_and_was_killed(tmp_path: Path, steps: int) -> None:
+    """Killed after so many steps of its last try, which it takes again from its last checkpoint."""
+
+    def killed(trainer: Trainer, lines: Any) -> Any:
+        for line in lines:
+            if trainer.rewinds >= 4 and trainer.steps == steps:
+                raise KeyboardInterrupt
+            yield line
+
+    train(REWINDS, backend="numpy", run=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(REWINDS, backend="numpy", run=tmp_path / "run", watch=killed)
+    resume(tmp_path / "run", backend="numpy")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 # checkpoints --------------------------------------------------------------------------------------------------

@@ -102,6 +102,17 @@ TRAININGS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Diverges again and again, and goes back to where it was, to the beginning first and later to step 10. Where it goes
+# back to is a matter of where its checkpoints are: it is the same run where it is killed, not where it is interrupted.
+REWINDS: dict[str, Any] = {
+    **COMMON,
+    "data": {"kind": "friedman1", "rows": 50, "validation_rows": 20},
+    "network": {"hidden": [6, 6], "activation": "identity"},
+    "optimizer": {"kind": "sgd", "learning_rate": 4.0},
+    "train": {"epochs": 6, "batch_size": 8, "on_divergence": "rewind", "max_rewinds": 9, "log_every": 1},
+    "checkpoint": {"every_steps": 5},
+}
+
 
 def write_data(folder: Path) -> None:
     """What the trainings read."""
