@@ -19,7 +19,7 @@ from gpu_bp.gradcheck import check_gradients
 from gpu_bp.model import Model
 from gpu_bp.network import Layer, Layout, Network, Signals
 from gpu_bp.optimizer import Optimizer
-from gpu_bp.runs import Result, evaluate, train
+from gpu_bp.runs import Result, evaluate, resume, train
 from gpu_bp.step import Objective, Step
 from gpu_bp.trainer import Trainer
 
@@ -50,6 +50,7 @@ __all__ = [
     "load_data",
     "parse_config",
     "registry",
+    "resume",
     "select",
     "train",
 ]

@@ -75,12 +75,12 @@ class CheckpointFolder:
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, None where there is none; those that are broken are told of."""
         found, self._held = None, {}
-        for path in sorted(self.path.glob("step-*.json"), reverse=True):
+        for path in sorted(self.path.glob("step-*.json"), key=lambda path: (len(path.name), path.name), reverse=True):
             try:
                 index = _read_index(path)
                 found = found or Checkpoint(index.facts, self._read_tensors(index))
-            except UserError as error:
-                logging.getLogger("gpu_bp").warning(f"{error}; passing it over")
+            except (UserError, OSError) as error:
+                logging.getLogger("gpu_bp").warning(f"{_said(error, path)}; passing it over")
                 continue
             self._hold(index)
         return found
@@ -89,17 +89,18 @@ class CheckpointFolder:
         """Adds a checkpoint, and removes those that are not kept.
 
         Raises:
-            OSError, UserError: it cannot be written; those before are whole still.
+            OSError: it cannot be written (which file); those before are whole still.
         """
-        self.path.mkdir(exist_ok=True)
+        if not self.path.is_dir():
+            self.path.mkdir()
+            flush_folder(self.path.parent)
         stem = f"step-{facts.training.step:010d}"
         path = self.path / f"{stem}.safetensors"
         for k in itertools.count(2):  # one that is there may belong to a checkpoint
             if not path.exists():
                 break
             path = self.path / f"{stem}-{k}.safetensors"
-        write_tensors(path, tensors)
-        index = Index(facts=facts, tensors=TensorFile(name=path.name, sha256=_digest(path)))
+        index = Index(facts=facts, tensors=TensorFile(name=path.name, sha256=write_tensors(path, tensors)))
         write_whole(self.path / f"{stem}.json", _render(index))
         self._hold(index)
         self._remove_others()
@@ -118,7 +119,7 @@ class CheckpointFolder:
             kept.append(max(scores, key=scores.__getitem__))  # of equal ones the first
         self._held = {step: self._held[step] for step in kept}
         names = {name for step, (tensors, _) in self._held.items() for name in (f"step-{step:010d}.json", tensors)}
-        others = [path for path in self.path.iterdir() if path.name not in names]
+        others = [path for path in self.path.glob("step-*") if path.name not in names]
         for path in sorted(others, key=lambda path: path.suffix != ".json"):  # without its numbers it is none
             path.unlink(missing_ok=True)
         flush_folder(self.path)
@@ -137,11 +138,10 @@ def _read_index(path: Path) -> Index:
     try:
         text = path.read_bytes()
         index = Index.model_validate({key: x for key, x in json.loads(text).items() if key != "checksum"})
-    except OSError as error:
-        raise UserError(f"checkpoint {path}: {error.strerror}") from None
+        as_written = _render(index) == text
     except (ValueError, AttributeError, RecursionError) as error:  # Unicode's, JSON's and pydantic's are ValueErrors
         raise UserError(f"checkpoint {path} is broken: {_first_line(error)}") from None
-    if _render(index) != text:
+    if not as_written:
         raise UserError(f"checkpoint {path} is broken: its checksum is another")
     return index
 
@@ -156,6 +156,10 @@ def _render(index: Index) -> bytes:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _said(error: UserError | OSError, path: Path) -> str:
+    return f"checkpoint {path}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -115,7 +115,8 @@ def save_state_dict(model: Model, path: str | Path) -> None:
     Its modules are Linear, phi, Linear, phi, ...; where layers are normalised Linear(bias=False), LayerNorm, phi.
 
     Raises:
-        UserError: shortcuts, which a Sequential has not; or the file cannot be written.
+        UserError: shortcuts, which a Sequential has not.
+        OSError: the file cannot be written (which).
     """
     network = model.network
     if network.residual:

@@ -5,6 +5,7 @@ Legends have a fixed place: to look for the best one can be slow, and matplotlib
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from gpu_bp.data import Dataset
 from gpu_bp.model import Model
 from gpu_bp.run_folder import RunFolder
 from gpu_bp.spec import GroupedLoss
+from gpu_bp.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +49,9 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **keyw
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture)
+    write_whole(path, picture.getvalue())
     return path
 
 

@@ -41,7 +41,11 @@ class Resuming:
         allow_change: keys of the config, or tables, that may have changed.
 
     Raises:
-        UserError: something else of the config has changed (what), or the config in the folder cannot be read.
+        UserError: something else of the config has changed (what), or the config in the folder cannot be read; or the
+            run has ended, and there is no whole checkpoint, so that its results would be lost.
+
+    Attributes:
+        changed: whether what is trained is another than before.
     """
 
     def __init__(self, folder: RunFolder, config: Config, allow_change: Sequence[str] = ()) -> None:
@@ -54,8 +58,12 @@ class Resuming:
             key: f"{key} is {_said(was)} there, and {_said(now)} here"
             for key, (was, now) in differing(before, plain(config)).items()
         }
-        self._changed = any(not _is_among(key, FREE) for key in changes)
+        self.changed = any(not _is_among(key, FREE) for key in changes)
         self._refuse(changes, "was started with another config")
+        if self._checkpoint is None and folder.summary_file.exists():
+            raise UserError(
+                f"{folder.path} has ended, and none of its checkpoints is whole; start again in another folder"
+            )
 
     def restore(self, trainer: Trainer, described: Mapping[str, Any]) -> None:
         """Brings the trainer to where the run is, and the folder's files with it.
@@ -74,7 +82,7 @@ class Resuming:
         changed = {key: f"{key}: {words}" for key, words in data_changes(facts.data, described["data"]).items()}
         self._refuse(changed, "was trained on other data")
         restore(trainer, facts.training, self._checkpoint.tensors)
-        if self._changed:
+        if self.changed:
             trainer.stopped = ""  # what ended it may do so no more
         self.folder.begin(config, facts.metrics_bytes)
         ended = trainer.steps >= trainer.total_steps or trainer.stopped

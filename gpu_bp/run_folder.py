@@ -27,7 +27,7 @@ from gpu_bp.config_file import dump_config, load_config
 from gpu_bp.errors import UserError, unknown
 from gpu_bp.lock import LOCK
 from gpu_bp.own import Piece
-from gpu_bp.whole_file import SUFFIX, named, write_whole
+from gpu_bp.whole_file import SUFFIX, flush_folder, named, write_whole
 
 MODELS = ("model", "last", "average")
 
@@ -48,6 +48,7 @@ class RunFolder:
         if path is None:
             return cls(_fresh(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}"))
         path.mkdir(parents=True, exist_ok=True)
+        flush_folder(path.parent)
         return cls(path)
 
     def begin(self, config: Config, metrics_bytes: int = 0) -> None:
@@ -65,6 +66,7 @@ class RunFolder:
         write_whole(self.config_file, dump_config(config))
         with self.metrics_file.open("ab") as file:
             file.truncate(metrics_bytes)
+        flush_folder(self.path)
 
     @staticmethod
     def refuse_used(path: Path) -> None:

@@ -110,6 +110,8 @@ def train(
             if resume:
                 log.info(f"{path} has no checkpoint: starting from the beginning")
         saving = held.enter_context(closing(Saving(trainer, folder, checkpoints, described)))
+        if resuming and resuming.changed:
+            saving.save()  # a change was allowed once, and need not be again
         limit = config.train.max_minutes
 
         def stop() -> str:

@@ -1,7 +1,7 @@
 """When a training's checkpoints are due, and the thread that writes them.
 
 A step does not wait for the disk: the state is copied to the host, and a thread writes the copy. One that falls due
-while the one before is being written waits for a later step.
+while the one before is being written waits for a later step; but where a training may go back to it, the step waits.
 """
 
 from __future__ import annotations
@@ -38,21 +38,20 @@ class Saving:
         self._described = described
         self._thread = ThreadPoolExecutor(1, "gpu_bp-checkpoint")
         self._writing: Future[None] | None = None
-        # where a training may go back to a checkpoint, which there are must not depend on how fast the disk is
-        self._exactly = trainer.config.train.on_divergence == "rewind"
         self._last = trainer.steps, trainer.epoch, time.monotonic()
+        self._always = trainer.config.train.on_divergence == "rewind"  # where it goes back to is no matter of speed
 
     def after_step(self) -> None:
         """To be called after every step and the metrics it gave: writes a checkpoint where one is due.
 
         Raises:
-            OSError, UserError: the last one could not be written.
+            OSError: the last one could not be written (which file).
         """
         if self._writing is not None and self._writing.done():
             self._finish()
         if self._trainer.paused:
             self.save(wait=True)
-        elif (self._writing is None or self._exactly) and self._is_due():
+        elif self._is_due() and (self._writing is None or self._always):
             self.save()
 
     def save(self, *, wait: bool = False) -> None:
@@ -81,11 +80,10 @@ class Saving:
     def _is_due(self) -> bool:
         section, trainer = self._trainer.config.checkpoint, self._trainer
         step, epoch, moment = self._last
-        by_step, by_epoch, minutes = section.every_steps, section.every_epochs, section.minutes
-        return (  # by multiples, so that a training that was stopped in between goes on in the same way
-            (by_step is not None and trainer.steps // by_step > step // by_step)
-            or (by_epoch is not None and trainer.epoch // by_epoch > epoch // by_epoch)
-            or (minutes is not None and time.monotonic() - moment >= 60 * minutes)
+        return (
+            _has_passed(section.every_steps, step, trainer.steps)
+            or _has_passed(section.every_epochs, epoch, trainer.epoch)
+            or bool(section.minutes and time.monotonic() - moment >= 60 * section.minutes)
         )
 
     def _write(self, facts: Facts, tensors: Tensors) -> None:
@@ -101,3 +99,8 @@ class Saving:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
+
+
+def _has_passed(every: int | None, before: int, now: int) -> bool:
+    """Whether a count has passed a multiple of `every`: the same ones, however often a run is stopped."""
+    return every is not None and now // every > before // every

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zipfile
 import zlib
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from gpu_bp.errors import UserError
-from gpu_bp.whole_file import part_of, put_in_place
+from gpu_bp.whole_file import PartFile
+
+DTYPES = {"float64": "F64", "float32": "F32"}  # that are written, and safetensors' names of them
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -39,11 +45,23 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return members
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file, whole or not at all. Raises UserError where it cannot be written."""
-    try:
-        save_file(dict(tensors), part_of(path), metadata=metadata)
-        put_in_place(path)
-    except (OSError, SafetensorError) as error:
-        part_of(path).unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error}") from None
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> str:
+    """Writes a safetensors file, whole or not at all, and returns its SHA-256. Raises OSError with its name.
+
+    Not by safetensors' own `save_file`, which writes into a file of a random name that a killed process leaves behind.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # so that all are aligned
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype.name], "shape": tensor.shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with PartFile(path) as file:
+        for part in chain((len(text).to_bytes(8, "little"), text), (tensor.tobytes() for _, tensor in ordered)):
+            file.write(part)
+            digest.update(part)
+        file.finish()
+    return digest.hexdigest()

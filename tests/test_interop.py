@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -10,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from gpu_bp import Model, Network, Task, UserError
 from gpu_bp.backends import Backend
 from gpu_bp.data.preparation import Preparation
 from gpu_bp.interop import from_sklearn, load_state_dict, save_state_dict, to_sklearn
+from gpu_bp.tensor_file import write_tensors
 
 
 def model_of(widths: list[int], phis: list[Any], task: Task | None = None, **options: Any) -> Model:
@@ -61,8 +63,20 @@ def test_a_state_dict_there_and_back(backend: Backend, what: str, dtype: str, tm
 def test_shortcuts_have_no_state_dict(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no shortcuts"):
         save_state_dict(model_of([3, 3, 1], ["tanh", "identity"], residual=True), tmp_path / "t.safetensors")
-    with pytest.raises(UserError, match="t.safetensors cannot be written: "):
+    with pytest.raises(FileNotFoundError, match="nowhere/t.safetensors"):
         save_state_dict(model_of([3, 1], ["identity"]), tmp_path / "nowhere" / "t.safetensors")
+
+
+def test_tensors_are_written_as_safetensors_does(tmp_path: Path) -> None:
+    """To the byte, whatever the names, types and strides; readable as any other file, and known by its digest."""
+    tensors = {"b": np.arange(3.0), 'é"\n': np.ones((2, 3), np.float32), "c": np.arange(4.0).reshape(2, 2).T}
+    for metadata in (None, {"x": '{"é": 1}'}):
+        digest = write_tensors(tmp_path / "t", tensors, metadata)
+        contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}  # it takes no others
+        assert (tmp_path / "t").read_bytes() == save(contiguous, metadata)
+        assert digest == hashlib.sha256((tmp_path / "t").read_bytes()).hexdigest()
+    (tmp_path / "other").touch()
+    assert (tmp_path / "t").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 FIT = {"0.weight": (5, 3), "0.bias": (5,), "2.weight": (2, 5), "2.bias": (2,)}
