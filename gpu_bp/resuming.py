@@ -81,6 +81,7 @@ class Resuming:
         facts = self._checkpoint.facts
         changed = {key: f"{key}: {words}" for key, words in data_changes(facts.data, described["data"]).items()}
         self._refuse(changed, "was trained on other data")
+        self.changed = self.changed or bool(changed)
         restore(trainer, facts.training, self._checkpoint.tensors)
         if self.changed:
             trainer.stopped = ""  # what ended it may do so no more
