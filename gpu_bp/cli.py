@@ -79,7 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    line = "".join(
+        c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split())
+    )  # a file may say anything
+    print("error: " + line, file=sys.stderr)
     sys.exit(2)
 
 

@@ -54,6 +54,26 @@ class Layout:
             for name, shape in self.shapes.items()
         }
 
+    def refuse_other(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises UserError where tensors of these shapes, by name, are not those of this layout."""
+        for name, shape in self.shapes.items():
+            if name not in shapes:
+                raise UserError(f"tensor {name} is missing; this network needs: {', '.join(self.shapes)}")
+            if shapes[name] != shape:
+                raise UserError(f"tensor {name} has shape {shapes[name]}, this network needs {shape}")
+        if extra := sorted(set(shapes) - set(self.shapes)):
+            raise UserError(f"tensor {extra[0]} is not one of this network's: {', '.join(self.shapes)}")
+
+
+def layout_of(widths: Sequence[int], *, biases: bool = True, normalise: bool = False) -> Layout:
+    """The layout of the parameters of a `Network`; nothing is allocated."""
+    n_layers = len(widths) - 1
+    return Layout(
+        {f"layers.{k}.weights": (widths[k + 1], widths[k]) for k in range(n_layers)},
+        {f"layers.{k}.biases": (widths[k + 1],) for k in range(n_layers) if biases}
+        | {f"layers.{k}.gains": (widths[k + 1],) for k in range(n_layers - 1) if normalise},
+    )
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -139,12 +159,7 @@ class Network:
         self.residual = residual
         self.backend: Backend = backend or NumpyBackend()
         self.dtype = np.dtype(dtype)
-        n_layers = len(widths) - 1
-        self.layout = Layout(
-            {f"layers.{k}.weights": (widths[k + 1], widths[k]) for k in range(n_layers)},
-            {f"layers.{k}.biases": (widths[k + 1],) for k in range(n_layers) if biases}
-            | {f"layers.{k}.gains": (widths[k + 1],) for k in range(n_layers - 1) if normalise},
-        )
+        self.layout = layout_of(widths, biases=biases, normalise=normalise)
         if self.layout.size > 2**48:
             raise MemoryError(f"a network of {self.layout.size:.1e} parameters")
         self.parameters = self.backend.zeros((self.layout.size,), self.dtype)
@@ -157,19 +172,13 @@ class Network:
         Raises:
             UserError: a tensor is missing, unknown, of another shape, or not finite.
         """
+        self.layout.refuse_other({name: tensor.shape for name, tensor in tensors.items()})
         flat = np.zeros(self.layout.size, self.dtype)
-        views = self.layout.views(flat)
-        for name, view in views.items():
-            if name not in tensors:
-                raise UserError(f"tensor {name} is missing; this network needs: {', '.join(views)}")
+        for name, view in self.layout.views(flat).items():
             tensor = tensors[name]
-            if tensor.shape != view.shape:
-                raise UserError(f"tensor {name} has shape {tensor.shape}, this network needs {view.shape}")
             if tensor.dtype.kind != "f" or not np.isfinite(tensor).all():
                 raise UserError(f"tensor {name} must hold finite floating-point numbers")
             view[...] = tensor
-        if extra := sorted(set(tensors) - set(views)):
-            raise UserError(f"tensor {extra[0]} is not one of this network's: {', '.join(views)}")
         self.parameters[...] = self.backend.to_device(flat)
 
     def tensors(self) -> dict[str, np.ndarray]:

@@ -39,12 +39,13 @@ class ShardReader:
             raise UserError(
                 f"{folder} is incomplete: it has {manifest.finished_rows} of {manifest.rows} rows; {AGAIN} to finish it"
             )
-        self._files = shard_files(manifest, self.folder)
+        for shard in manifest.shards:
+            for file in shard.files:
+                _check_size(self.folder / file.name, file)
+        self._files = shard_files(manifest, self.folder)  # whose columns the sizes of the files bear out
         for index, shard in enumerate(manifest.shards):
             if tuple(file.name for file in shard.files) != self._files.names(index):
                 raise UserError(f"{self.folder / MANIFEST}: shard {index} must be in {self._files.names(index)}")
-            for file in shard.files:
-                _check_size(self.folder / file.name, file)
         self._verified: set[int] = set()
         self._lock = threading.Lock()
         self.n_rows = manifest.rows
