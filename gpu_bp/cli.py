@@ -79,9 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    line = "".join(
-        c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split())
-    )  # a file may say anything
+    line = " ".join(message.split())  # which may quote a file, and so what would command a terminal
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     print("error: " + line, file=sys.stderr)
     sys.exit(2)
 

@@ -64,8 +64,8 @@ class _Preparation(Section):
     columns: _TableColumns | None
     shift: list[Finite]
     scale: list[Positive]
-    target_shift: list[Finite] = []  # older files have neither
-    target_scale: list[Positive] = []
+    target_shift: list[Finite] = Field([])  # older files have neither
+    target_scale: list[Positive] = Field([])
 
     @model_validator(mode="after")
     def _shifts_and_scales(self) -> _Preparation:

@@ -84,7 +84,7 @@ FIT = {"0.weight": (5, 3), "0.bias": (5,), "2.weight": (2, 5), "2.bias": (2,)}
         ),
         ({"1.running_var": (5,)}, "tensor 1.running_var (5,) is not the weight or bias of a layer"),
         ({"0.weight": (5, 3, 1, 1)}, "tensor 0.weight (5, 3, 1, 1) is not the weight or bias of a layer"),
-        ({"4.weight": (1, 2)}, "3 layers need as many activations, not 2"),
+        ({"4.weight": (1, 2), "4.bias": (1,)}, "3 layers need as many activations, not 2"),
         (dict.fromkeys(FIT), "there are no tensors"),
     ],
 )

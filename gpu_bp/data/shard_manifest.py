@@ -104,10 +104,6 @@ class Manifest(Section):
                     f"{path}: no shard has {shard.rows} rows from row {shard.first} on; with shard_rows = "
                     f"{manifest.shard_rows} one has {rows} from row {first} on"
                 )
-            if manifest.least_bytes(shard.rows) > sum(file.bytes for file in shard.files):
-                raise UserError(
-                    f"{path}: the files of {shard.rows} rows from row {shard.first} on are too small for them"
-                )
         if any(a.first >= b.first for a, b in itertools.pairwise(manifest.shards)):
             raise UserError(f"{path}: its shards are not in the order of their rows")
         return manifest
@@ -126,16 +122,15 @@ class Manifest(Section):
         """Rows of the shards that are finished."""
         return sum(shard.rows for shard in self.shards)
 
-    def least_bytes(self, rows: int) -> int:
-        """How long the files of a shard of so many rows are at least.
+    def could_hold(self, shard: Shard) -> bool:
+        """Whether the sizes of a shard's files bear out its rows, so that nothing is made out of proportion to them.
 
-        Parquet: constant numbers take no room, but row groups and columns do. So what is made for the rows is never
-        out of proportion to the files.
+        A number takes a byte or more; in Parquet, where many that are alike take no room, a row group and a column do.
         """
+        size, width = sum(file.bytes for file in shard.files), self.n_inputs + self.n_targets
         if self.file_format == "parquet":
-            return max(rows // self.block_rows, self.n_inputs + self.n_targets)
-        item = 4 if self.dtype == "float32" else 8
-        return rows * (self.n_inputs * item + (8 if self.classes else self.n_targets * item))
+            return size >= max(shard.rows // self.block_rows, width)
+        return size >= shard.rows * width
 
     def plan(self, index: int) -> tuple[int, int]:
         """The first row of a shard, and how many rows it has."""

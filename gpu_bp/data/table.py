@@ -19,8 +19,8 @@ from gpu_bp.errors import UserError, unknown
 class Table(ABC):
     """The columns and chunks of a file.
 
-    `names` of the columns, and the place of each; `starts`, (chunks + 1,) int64: the number of each chunk's first row, and after the last
-    of them that of all rows.
+    `names` of the columns, and the place of each; `starts`, (chunks + 1,) int64: the number of each chunk's first
+    row, and after the last of them that of all rows.
     """
 
     path: Path
