@@ -72,7 +72,13 @@ def parse_config(
         UserError: as `load_config`.
     """
     try:
-        raw = change_names(_plain(raw), absolute)
+        plain = _plain(raw)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: tables or lists are nested too deep") from None
+    try:
+        raw = change_names(plain, absolute)
         refuse_untrusted(names(raw), where, own, trust_code)
         return Config.model_validate(raw, context={"own": own})
     except ValidationError as error:
@@ -114,13 +120,15 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 
 def _plain(raw: Any, key: tuple[str, ...] = ()) -> Any:
-    """A copy of what stands at a key, or in a list there: paths absolute, arrays as lists."""
+    """A copy of what stands at a key, or in a list there: paths absolute, arrays as lists, no integer too long."""
     if isinstance(raw, Mapping):
         return {name: _plain(value, (*key, name)) for name, value in raw.items()}
     if isinstance(raw, np.ndarray):
         return raw.tolist()
     if isinstance(raw, list):
         return [_plain(value, key) for value in raw]
+    if isinstance(raw, int) and not -(2**63) <= raw < 2**63:  # of thousands of digits, it could not even be printed
+        raise ValueError(f"{'.'.join(key)} has more than 64 bits")
     return str(Path(raw).absolute()) if key in PATH_KEYS and isinstance(raw, str) and raw else raw
 
 

@@ -10,6 +10,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**15)]
 Width = Annotated[int, Field(ge=1, le=2**31 - 1)]
+MOST_LAYERS = 1000
 Rows = Annotated[int, Field(ge=0, le=10**15)]
 
 

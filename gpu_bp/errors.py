@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 def unknown(what: str, name: object, known: Iterable[str]) -> UserError:
     """The error for a misspelt name: it names the nearest right one, and the rest."""
-    return UserError(f"unknown {what} {name!r}; {nearest(str(name), known)}")
+    return UserError(f"unknown {what} {short(name)}; {nearest(str(name), known)}")
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

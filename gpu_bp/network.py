@@ -178,7 +178,10 @@ class Network:
             tensor = tensors[name]
             if tensor.dtype.kind != "f" or not np.isfinite(tensor).all():
                 raise UserError(f"tensor {name} must hold finite floating-point numbers")
-            view[...] = tensor
+            with np.errstate(over="ignore"):
+                view[...] = tensor
+            if not np.isfinite(view).all():
+                raise UserError(f"tensor {name} has numbers that are too large for {self.dtype}")
         self.parameters[...] = self.backend.to_device(flat)
 
     def tensors(self) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ from gpu_bp.errors import UserError
 CHUNK_BYTES = 2**20
 CHUNK_ROWS = 4096
 # The most a row has: a file in which none ends would be read whole.
-ROW_BYTES = 2**24
+ROW_BYTES = 2**22
 
 BOM = "\N{BYTE ORDER MARK}".encode()
 # A quote that starts a field opens a quoted one, to the next single quote. Elsewhere in a field it is a character.
@@ -121,7 +121,8 @@ class CsvChunk(Chunk):
         arrow, data = _arrow(), self._data
         quotes, plain = _quotes(data)
         # pyarrow is lenient with quotes, and takes a byte order mark before the chunk for one before the file
-        if arrow is None or not plain or len(quotes) % 2 or data.startswith(BOM):
+        # what it makes of each column is more than a short one has
+        if arrow is None or len(self.names) > self.n_rows or not plain or len(quotes) % 2 or data.startswith(BOM):
             return None
         names = [str(k) for k in range(len(self.names))]
         try:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from gpu_bp.errors import UserError, unknown
+
+MOST_COLUMNS = 2**16
 
 
 class Table(ABC):
@@ -95,9 +97,11 @@ class Chunk(ABC):
         return UserError(f"{self.path}: {unknown('column', name, self.names)}")
 
 
-def places(where: object, names: Iterable[str]) -> dict[str, int]:
-    """The place of each column. Raises UserError where one is there twice."""
+def places(where: object, names: Sequence[str]) -> dict[str, int]:
+    """The place of each column. Raises UserError where one is there twice, or there are too many."""
     found: dict[str, int] = {}
+    if len(names) > MOST_COLUMNS:
+        raise UserError(f"{where}: there are {len(names)} columns; {MOST_COLUMNS} are the most that are read")
     for k, name in enumerate(names):
         if name in found:
             raise UserError(f"{where}: the column {name!r} is there twice")
