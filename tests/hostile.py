@@ -319,29 +319,27 @@ def shards(folder: Path) -> Case:
 
 def commands(folder: Path) -> Case:
     """Run folders and rows, by the command line: `predict` and `evaluate`, with one of their files changed."""
-    made = models(folder)
+    models(folder)
     np.save(folder / "rows.npy", np.ones((3, 2)))
-    inputs = {name: "rows.npy" if name == "arrays" else "table.csv" for name in ("arrays", "price", "kind")}
-    files = [folder / name / file for name in inputs for file in ("model.safetensors", "config.toml")]
-    files += [folder / "rows.npy", folder / "table.csv"]
-    valid = {path: path.read_bytes() for path in files}
-    assert len(made) > 3
+    rows = {"arrays": folder / "rows.npy", "price": folder / "table.csv", "kind": folder / "table.csv"}
+    cases = [(name, "predict", folder / name / "model.safetensors") for name in rows]
+    cases += [(name, "predict", path) for name, path in rows.items()]
+    cases += [
+        (name, "evaluate", folder / name / file) for name in rows for file in ("model.safetensors", "config.toml")
+    ]
+    valid = {path: path.read_bytes() for _, _, path in cases}
 
-    def read(given: tuple[str, str, Path, list[tuple[str, int, int]]]) -> None:
-        name, what, path, edits = given
+    def read(given: tuple[tuple[str, str, Path], list[tuple[str, int, int]]]) -> None:
+        (name, what, path), edits = given
         if path.name == "config.toml":  # whose larger numbers are much to compute, and no fault
             edits = [(kind, place, value) for kind, place, value in edits if kind in ("flip", "cut", "drop")][:1]
         path.write_bytes(edited(valid[path], edits))
         try:
-            command(what, folder / name, *([folder / inputs[name]] if what == "predict" else ["--backend", "numpy"]))
+            command(what, folder / name, *([rows[name]] if what == "predict" else []), "--backend", "numpy")
         finally:
             path.write_bytes(valid[path])
 
-    edits = st.lists(EDIT, min_size=1, max_size=3)
-    chosen = st.tuples(
-        st.sampled_from([*inputs]), st.sampled_from(["predict", "evaluate"]), st.sampled_from(files), edits
-    )
-    return read, chosen
+    return read, st.tuples(st.sampled_from(cases), st.lists(EDIT, min_size=1, max_size=3))
 
 
 FAMILIES = {made.__name__: made for made in (config, model, npy, npz, table, parquet, shards, commands)}
