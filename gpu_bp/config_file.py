@@ -21,6 +21,9 @@ from gpu_bp.plain_file import read_text
 KEY_PARTS = 32
 LONG_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){{{KEY_PARTS - 1}}}[\w"'-]""")
 
+# Bits of an integer, which of many more could not even be printed.
+LONG_INTEGER = 10_000
+
 # Keys that name files: made absolute when a config is read.
 PATH_KEYS = (
     ("data", "path"),
@@ -127,8 +130,8 @@ def _plain(raw: Any, key: tuple[str, ...] = ()) -> Any:
         return raw.tolist()
     if isinstance(raw, list):
         return [_plain(value, key) for value in raw]
-    if isinstance(raw, int) and not -(2**63) <= raw < 2**63:  # of thousands of digits, it could not even be printed
-        raise ValueError(f"{'.'.join(key)} has more than 64 bits")
+    if isinstance(raw, int) and raw.bit_length() > LONG_INTEGER:
+        raise ValueError(f"{'.'.join(key)} has more than {LONG_INTEGER} bits")
     return str(Path(raw).absolute()) if key in PATH_KEYS and isinstance(raw, str) and raw else raw
 
 

@@ -28,6 +28,9 @@ from gpu_bp.spec import Activation, Array, Loss, RowActivation
 # Every named array begins at a multiple of this many elements: of 128 bytes or more, one memory transaction.
 ALIGNMENT = 32
 
+# What all layers may have of rows that are predicted together: in float32 256 MB.
+PREDICTED_NUMBERS = 2**26
+
 IDENTITY = registry.activation("identity")
 
 
@@ -315,8 +318,9 @@ class Network:
         return other
 
     def predict(self, inputs: np.ndarray, *, batch_rows: int = 4096) -> np.ndarray:
-        """Outputs (rows, n_out) for host inputs (rows, n_in), computed so many rows at a time."""
+        """Outputs (rows, n_out) for host inputs (rows, n_in), computed so many rows at a time; fewer where the layers are wide."""
         outputs = np.empty((len(inputs), self.widths[-1]), self.dtype)
+        batch_rows = max(1, min(batch_rows, PREDICTED_NUMBERS // sum(self.widths)))
         signals = self.signals(min(batch_rows, max(1, len(inputs))), backward=False)
         for start in range(0, len(inputs), batch_rows):
             block = self.backend.to_device(inputs[start : start + batch_rows].astype(self.dtype))

@@ -39,7 +39,7 @@ Tiny = Callable[..., dict[str, Any]]
         ("['a' . " + "'a'." * 50_000 + "a]", f"a key has {KEY_PARTS} parts or more"),
         ("x = " + "[" * 5000, "recursion"),
         ("x = " + ("{" + "a." * 20 + "a = ") * 200 + "1" + "}" * 200, "nested too deep"),
-        ("seed = 0x" + "f" * 5000, "seed has more than 64 bits"),
+        ("seed = 0x" + "f" * 5000, "seed has more than 10000 bits"),
         ("seed = " + "9" * 5000, "Exceeds the limit"),
         ("seed = 1979-05-27", "seed: input should be a valid integer, not 1979-05-27"),
         ('name = "\\u001b[2J"', r"not '\x1b[2J'"),

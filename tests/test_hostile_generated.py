@@ -1,4 +1,4 @@
-"""Files that are generated, family by family: see `hostile.py`. Each is read or refused, quickly and in little memory."""
+"""Files that are generated, family by family: see `hostile.py`. Each is read or refused, soon and in little memory."""
 
 from __future__ import annotations
 
