@@ -318,7 +318,7 @@ class Network:
         return other
 
     def predict(self, inputs: np.ndarray, *, batch_rows: int = 4096) -> np.ndarray:
-        """Outputs (rows, n_out) for host inputs (rows, n_in), computed so many rows at a time; fewer where the layers are wide."""
+        """Outputs (rows, n_out) for host inputs (rows, n_in), so many rows at a time, of wide layers fewer."""
         outputs = np.empty((len(inputs), self.widths[-1]), self.dtype)
         batch_rows = max(1, min(batch_rows, PREDICTED_NUMBERS // sum(self.widths)))
         signals = self.signals(min(batch_rows, max(1, len(inputs))), backward=False)
