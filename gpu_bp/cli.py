@@ -91,7 +91,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split())  # which may quote a file, and so what would command a terminal
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    line = line if len(line) <= 4000 else f"{line[:3997]}..."
+    print("error: " + line, file=sys.stderr)
     sys.exit(2)
 
 

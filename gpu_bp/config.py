@@ -19,7 +19,7 @@ from gpu_bp.config_regularisation import RegularisationSection
 from gpu_bp.config_schedule import Constant, ScheduleSection
 from gpu_bp.config_training import CheckpointSection, OptimizerSection, StoppingSection, TrainSection
 from gpu_bp.config_types import Section
-from gpu_bp.errors import UserError
+from gpu_bp.errors import UserError, short
 from gpu_bp.noise import Noise
 from gpu_bp.spec import Activation, FusedLoss, Loss, RowActivation
 
@@ -46,7 +46,7 @@ class LossSection(Choice):
         if isinstance(value, dict) and all(_is_number(weight) for weight in value.values()):
             return {str(name): float(weight) for name, weight in value.items()}
         if value not in (None, "balanced"):
-            raise ValueError(f'must be "balanced", or a number a class such as {{cat = 2.0}}, not {value!r}')
+            raise ValueError(f'must be "balanced", or a number a class such as {{cat = 2.0}}, not {short(value)}')
         return value
 
     def record(self) -> Loss:

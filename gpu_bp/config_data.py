@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from gpu_bp.config_choice import named
-from gpu_bp.config_types import Count, Positive, Rows, Section, Width
-from gpu_bp.errors import nearest
+from gpu_bp.config_types import MOST_LAYERS, Count, Positive, Rows, Section, Width
+from gpu_bp.errors import nearest, short
 
 SCALINGS = ("none", "standardise", "max-abs")
 
@@ -17,9 +17,11 @@ SCALINGS = ("none", "standardise", "max-abs")
 def _scaling(value: Any) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(value, str) and value not in SCALINGS:
-        raise ValueError(f"unknown {value!r}; {nearest(value, SCALINGS)}, or a number that divides the inputs")
+        raise ValueError(f"unknown {short(value)}; {nearest(value, SCALINGS)}, or a number that divides the inputs")
     if not isinstance(value, str) and not (number and 0 < value < math.inf):
-        raise ValueError(f"must be {', '.join(SCALINGS)}, or a number above 0 that divides the inputs, not {value!r}")
+        raise ValueError(
+            f"must be {', '.join(SCALINGS)}, or a number above 0 that divides the inputs, not {short(value)}"
+        )
     return value
 
 
@@ -190,7 +192,7 @@ class Teacher(Scaled, ScaledTargets):
     kind: Literal["teacher"]
     rows: TrainRows = 1000
     n_inputs: Width = Field(20, description="inputs a row")
-    hidden: Annotated[list[Width], Field(min_length=1)] = Field(
+    hidden: Annotated[list[Width], Field(min_length=1, max_length=MOST_LAYERS)] = Field(
         [32], description="units of the teacher's hidden layers"
     )
     n_targets: Width = Field(1, description="targets a row")
@@ -289,7 +291,7 @@ class SourceChoice(Section):
     @classmethod
     def _named(cls, value: str) -> str:
         if not all(value.rpartition(":")):
-            raise ValueError(f"must be of the form module:object or path/to/file.py:object, not {value!r}")
+            raise ValueError(f"must be of the form module:object or path/to/file.py:object, not {short(value)}")
         return value
 
     @property

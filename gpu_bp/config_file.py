@@ -13,8 +13,16 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from gpu_bp.config import Config
-from gpu_bp.errors import UserError, nearest
+from gpu_bp.errors import UserError, nearest, short
 from gpu_bp.own import Piece, absolute, change_names, names, refuse_untrusted
+from gpu_bp.plain_file import read_text
+
+# Of a key with thousands of parts, a.a.a.a, tomllib takes minutes. No more than a few are ever needed.
+KEY_PARTS = 32
+LONG_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){{{KEY_PARTS - 1}}}[\w"'-]""")
+
+# Bits of an integer, which of many more could not even be printed.
+LONG_INTEGER = 10_000
 
 # Keys that name files: made absolute when a config is read.
 PATH_KEYS = (
@@ -40,11 +48,13 @@ def load_config(
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"config {path} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+    if LONG_KEY.search(text):
+        raise UserError(f"config {path} is not TOML as it is needed here: a key has {KEY_PARTS} parts or more")
     try:
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOML's own error is a ValueError; so is a number of 5000 digits
@@ -64,12 +74,20 @@ def parse_config(
     Raises:
         UserError: as `load_config`.
     """
-    raw = change_names(_plain(raw), absolute)
-    refuse_untrusted(names(raw), where, own, trust_code)
     try:
+        plain = _plain(raw)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: tables or lists are nested too deep") from None
+    try:
+        raw = change_names(plain, absolute)
+        refuse_untrusted(names(raw), where, own, trust_code)
         return Config.model_validate(raw, context={"own": own})
     except ValidationError as error:
         raise UserError(f"{where}: {_describe(error, raw)}") from None
+    except RecursionError:
+        raise UserError(f"{where}: tables or lists are nested too deep") from None
 
 
 def dump_config(config: Config) -> str:
@@ -93,7 +111,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     except (ValueError, RecursionError) as error:
-        raise UserError(f"override {_shorten(override)}: {error}") from None
+        raise UserError(f"override {short(override)}: {error}") from None
     table = raw
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):
@@ -105,13 +123,15 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 
 def _plain(raw: Any, key: tuple[str, ...] = ()) -> Any:
-    """A copy of what stands at a key, or in a list there: paths absolute, arrays as lists."""
+    """A copy of what stands at a key, or in a list there: paths absolute, arrays as lists, no integer too long."""
     if isinstance(raw, Mapping):
         return {name: _plain(value, (*key, name)) for name, value in raw.items()}
     if isinstance(raw, np.ndarray):
         return raw.tolist()
     if isinstance(raw, list):
         return [_plain(value, key) for value in raw]
+    if isinstance(raw, int) and raw.bit_length() > LONG_INTEGER:
+        raise ValueError(f"{'.'.join(key)} has more than {LONG_INTEGER} bits")
     return str(Path(raw).absolute()) if key in PATH_KEYS and isinstance(raw, str) and raw else raw
 
 
@@ -128,21 +148,15 @@ def _describe(error: ValidationError, raw: Mapping[str, Any]) -> str:
     if kind == "union_tag_not_found":
         return f"{key}.kind is missing"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{key} must be a table, not {_shorten(given)}"
+        return f"{key} must be a table, not {short(given)}"
     if kind in ("union_tag_invalid", "literal_error"):
         key, given = (f"{key}.kind", context["tag"]) if "tag" in context else (key, given)
         expected = context.get("expected_tags") or context["expected"]
         known = [name.strip(" '") for name in re.split(", | or ", expected)]
-        return f"{key}: unknown {_shorten(given)}; {nearest(str(given), known)}"
+        return f"{key}: unknown {short(given)}; {nearest(str(given), known)}"
     if kind != "value_error":
-        message = f"{message[0].lower()}{message[1:]}, not {_shorten(given)}"
+        message = f"{message[0].lower()}{message[1:]}, not {short(given)}"
     return f"{key}: {message}" if key else message
-
-
-def _shorten(value: object) -> str:
-    """A value as it is shown in a message: text in quotes, and not a page of it."""
-    text = repr(value) if isinstance(value, str | list | dict) else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _key(location: Sequence[str | int], raw: Any) -> str:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from gpu_bp import registry
 from gpu_bp.config_choice import Choice, listed, named, names_of, with_parameters_of
-from gpu_bp.config_types import Count, Finite, Positive, Section, Width
+from gpu_bp.config_types import MOST_LAYERS, Count, Finite, Positive, Section, Width
 from gpu_bp.spec import Activation, RowActivation
 
 ActivationName = Annotated[str, Field(json_schema_extra=names_of(registry.ACTIVATIONS))]
@@ -128,7 +128,9 @@ Phis = Annotated[
 class NetworkSection(Section):
     """The layers."""
 
-    hidden: list[Width] = Field([], description="units of each hidden layer; none: a single layer")
+    hidden: list[Width] = Field(
+        [], max_length=MOST_LAYERS, description="units of each hidden layer; none: a single layer"
+    )
     activation: Phis = Field(
         [ActivationChoice(kind="tanh")], description="of the hidden layers: one for all, or a list of one a layer"
     )

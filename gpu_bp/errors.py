@@ -16,12 +16,22 @@ class Diverged(UserError):
 
 def unknown(what: str, name: object, known: Iterable[str]) -> UserError:
     """The error for a misspelt name: it names the nearest right one, and the rest."""
-    return UserError(f"unknown {what} {name!r}; {nearest(str(name), known)}")
+    return UserError(f"unknown {what} {short(name)}; {nearest(str(name), known)}")
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """`did you mean ...? known: ...`, the first part only where a known name is near; `prefix` goes before it."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    compared = [other for other in names[:1000] if len(other) <= 100]  # to compare is quadratic in the length
+    near = difflib.get_close_matches(name[:100], compared, n=1, cutoff=0.5)
     hint = f"did you mean {prefix}{near[0]}? " if near else ""
-    return f"{hint}known: {', '.join(names)}"
+    return f"{hint}known: {', '.join(names[:100])}{', ...' if len(names) > 100 else ''}"
+
+
+def short(value: object) -> str:
+    """A value as it is shown in a message: text in quotes, and not a page of it."""
+    try:
+        text = repr(value) if isinstance(value, str | list | dict) else str(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists in lists
+        return f"a value that is too large to be shown ({type(value).__name__})"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -26,7 +26,7 @@ from gpu_bp.errors import UserError
 from gpu_bp.network import Network
 from gpu_bp.registry import Purpose, normals, uniforms
 from gpu_bp.state_dict import by_layer
-from gpu_bp.tensor_file import read_tensors
+from gpu_bp.tensor_file import read_shapes, read_tensors
 
 PART = 2**18  # numbers
 
@@ -44,7 +44,9 @@ def initialise(network: Network, weights: Sequence[AnyWeights], seed: int) -> No
     first = weights[0]
     if isinstance(first, FileWeights) and not first.of_one_layer:
         try:
-            network.load(by_layer(network, read_tensors(Path(first.path))))
+            names = by_layer(network.layout, read_shapes(Path(first.path)))
+            tensors = read_tensors(Path(first.path), names.values())
+            network.load({ours: tensors[name] for ours, name in names.items()})
         except UserError as error:
             raise UserError(f"network.weights, {first.path}: {error}") from None
         return
@@ -58,21 +60,26 @@ def initialise(network: Network, weights: Sequence[AnyWeights], seed: int) -> No
         n_out, n_in = shapes[name]
         if isinstance(choice, FileWeights):
             file = NpyFile(Path(choice.path), where)
-            tensors[name] = file.read(0, len(file)).astype(np.float64)
             where += f", {choice.path}"
+            _check_shape(where, file.shape, name, (n_out, n_in))
+            tensors[name] = file.read(0, len(file)).astype(np.float64)
         elif isinstance(choice, ArrayWeights):
             tensors[name] = np.array(choice.weights)
             if choice.biases is not None:
                 tensors[f"layers.{k}.biases"] = np.array(choice.biases)
         else:
             tensors[name] = _draw(choice, seed, start, n_out, n_in)
-        if tensors[name].shape != (n_out, n_in):
-            raise UserError(f"{where}: the shape is {tensors[name].shape}, {name} needs {(n_out, n_in)}")
+        _check_shape(where, tensors[name].shape, name, (n_out, n_in))
         start += n_out * n_in
     try:
         network.load(tensors)
     except UserError as error:  # biases
         raise UserError(f"network.weights: {error}") from None
+
+
+def _check_shape(where: str, shape: tuple[int, ...], name: str, wanted: tuple[int, int]) -> None:
+    if shape != wanted:
+        raise UserError(f"{where}: the shape is {shape}, {name} needs {wanted}")
 
 
 def host_bytes(network: Network) -> int:

@@ -20,10 +20,10 @@ from gpu_bp.data.preparation import Preparation
 from gpu_bp.data.task import Decision, Task
 from gpu_bp.errors import UserError
 from gpu_bp.model import Model
-from gpu_bp.network import Network
+from gpu_bp.network import Network, layout_of
 from gpu_bp.spec import Activation, RowActivation
 from gpu_bp.state_dict import by_layer, our_names, their_names
-from gpu_bp.tensor_file import read_tensors, write_tensors
+from gpu_bp.tensor_file import read_shapes, read_tensors, write_tensors
 
 # What scikit-learn has, under the same names: of hidden layers, and of outputs by how they are decided.
 HIDDEN = ("identity", "logistic", "tanh", "relu")
@@ -142,10 +142,15 @@ def load_state_dict(
     Raises:
         UserError: no such file, or tensors that are not the layers of a network (which, and what would be right).
     """
-    tensors = read_tensors(Path(path))
+    shapes = read_shapes(Path(path))
     try:
-        network = _network({ours: tensors[name] for ours, name in our_names(tensors).items()}, activations, backend)
-        network.load(by_layer(network, tensors))
+        names = our_names(shapes)
+        layout = layout_of(**_architecture({ours: shapes[name] for ours, name in names.items()}))
+        by_layer(layout, shapes)  # before anything is read or made
+        read = read_tensors(Path(path), names.values())
+        tensors = {ours: read[name] for ours, name in names.items()}
+        network = _network(tensors, activations, backend)
+        network.load(tensors)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return _raw(network, task or Task("none"))
@@ -155,17 +160,21 @@ def _network(
     tensors: dict[str, np.ndarray], activations: Sequence[str | Activation | RowActivation], backend: Backend | None
 ) -> Network:
     """A network as wide as these tensors, and of the widest of their precisions."""
-    weights = [tensor for name, tensor in tensors.items() if name.endswith(".weights")]
+    dtype = "float64" if any(tensor.dtype == np.float64 for tensor in tensors.values()) else "float32"
+    architecture = _architecture({name: tensor.shape for name, tensor in tensors.items()})
+    return Network(activations=activations, backend=backend, dtype=dtype, **architecture)
+
+
+def _architecture(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The widths of a network with tensors of these shapes, and whether it has biases and is normalised."""
+    weights = [shape for name, shape in shapes.items() if name.endswith(".weights")]
     if not weights:
         raise UserError("there are no tensors")
-    return Network(
-        [weights[0].shape[1], *map(len, weights)],
-        activations,
-        biases="layers.0.biases" in tensors,
-        normalise="layers.0.gains" in tensors,
-        backend=backend,
-        dtype="float64" if any(tensor.dtype == np.float64 for tensor in tensors.values()) else "float32",
-    )
+    return {
+        "widths": [weights[0][1], *(shape[0] for shape in weights)],
+        "biases": "layers.0.biases" in shapes,
+        "normalise": "layers.0.gains" in shapes,
+    }
 
 
 def _raw(network: Network, task: Task) -> Model:

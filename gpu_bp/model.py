@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from gpu_bp import registry
 from gpu_bp.backends import Backend
 from gpu_bp.data.preparation import Preparation
 from gpu_bp.data.sources import put
 from gpu_bp.errors import UserError
-from gpu_bp.network import Network
+from gpu_bp.model_description import FORMAT, Description, NamedRecord
+from gpu_bp.network import Network, layout_of
 from gpu_bp.own import Piece, refuse_untrusted
 from gpu_bp.spec import Activation, GroupedLoss, Loss, Record, RowActivation
-from gpu_bp.tensor_file import read_tensors, write_tensors
+from gpu_bp.tensor_file import read_metadata, read_shapes, read_tensors, write_tensors
 
 KEY = "gpu_bp"  # of the one entry of the file's metadata: with more, their order and so the bytes would vary
-FORMAT = 1
 PLAIN = registry.loss("squared_error")  # whose outputs are what is predicted
 
 
@@ -69,33 +68,33 @@ class Model:
         Raises:
             UserError: it is missing, not a model that `save` wrote, or names code that is not trusted.
         """
-        tensors = read_tensors(path)
+        metadata = read_metadata(path)
+        if KEY not in metadata:
+            raise UserError(f"{path} is not a model of gpu_bp: its metadata have no key {KEY!r}")
         try:
-            with safe_open(path, framework="numpy") as file:
-                metadata: dict[str, str] = file.metadata() or {}
-            description: dict[str, Any] = json.loads(metadata[KEY])
-            if description["format"] != FORMAT:
-                raise UserError(f"{path} has model format {description['format']}, this version reads {FORMAT}")
-            choices, of_loss = description["activations"], description.get("loss", {"kind": PLAIN.name})
-            names = (choice["kind"] for choice in (*choices, of_loss))
-            refuse_untrusted((name for name in names if ":" in name), str(path), own, trust_code)
+            said = Description.read(metadata[KEY])
+            choices = said.activations
+            named = [choice.kind for choice in (*choices, said.loss) if choice and ":" in choice.kind]
+            refuse_untrusted(named, str(path), own, trust_code)
+            # what the file has bears out the widths, before a network of these is made
+            layout_of(said.widths, biases=said.biases, normalise=said.normalise).refuse_other(read_shapes(path))
+            loss = cast(Loss, _record("loss", own, said.loss)) if said.loss else PLAIN
+            said.preparation.refuse_other(said.widths[0], said.widths[-1], loss.groups)
             network = Network(
-                description["widths"],
-                [cast(Activation | RowActivation, _record("activation", own, **choice)) for choice in choices],
-                biases=description["biases"],
-                normalise=description.get("normalise", False),  # older files have neither
-                residual=description.get("residual", False),
+                said.widths,
+                [cast(Activation | RowActivation, _record("activation", own, choice)) for choice in choices],
+                biases=said.biases,
+                normalise=said.normalise,
+                residual=said.residual,
                 backend=backend,
-                dtype=description["dtype"],
+                dtype=said.dtype,
             )
-            preparation = Preparation.from_json(description["preparation"])
-            loss = cast(Loss, _record("loss", own, **of_loss))
-        except UserError:
-            raise
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is not a model of gpu_bp: {error or type(error).__name__}") from None
-        network.load(tensors)
-        return cls(network, preparation, loss)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except ValueError as error:
+            raise UserError(f"{path} is not a model of gpu_bp: {error}") from None
+        network.load(read_tensors(path, network.layout.shapes))
+        return cls(network, Preparation.from_json(said.preparation.model_dump()), loss)
 
     def predict(self, path: Path) -> tuple[list[str], list[np.ndarray]]:
         """Predictions for the raw rows of a .csv, .parquet or .npy file: names and columns.
@@ -143,8 +142,8 @@ def _named_record(record: Record) -> dict[str, Any]:
     return {"kind": kind, **values}
 
 
-def _record(what: str, own: Sequence[Piece], kind: str, **parameters: Any) -> Record:
-    return registry.choose(registry.find(what, kind, own), kind, parameters)
+def _record(what: str, own: Sequence[Piece], named: NamedRecord) -> Record:
+    return registry.choose(registry.find(what, named.kind, own), named.kind, named.parameters)
 
 
 def _named(decided: np.ndarray, classes: tuple[str, ...]) -> np.ndarray:

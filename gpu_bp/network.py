@@ -28,6 +28,9 @@ from gpu_bp.spec import Activation, Array, Loss, RowActivation
 # Every named array begins at a multiple of this many elements: of 128 bytes or more, one memory transaction.
 ALIGNMENT = 32
 
+# What all layers may have of rows that are predicted together: in float32 256 MB.
+PREDICTED_NUMBERS = 2**26
+
 IDENTITY = registry.activation("identity")
 
 
@@ -53,6 +56,26 @@ class Layout:
             name: buffer[self.offsets[name] : self.offsets[name] + math.prod(shape)].reshape(shape)
             for name, shape in self.shapes.items()
         }
+
+    def refuse_other(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises UserError where tensors of these shapes, by name, are not those of this layout."""
+        for name, shape in self.shapes.items():
+            if name not in shapes:
+                raise UserError(f"tensor {name} is missing; this network needs: {', '.join(self.shapes)}")
+            if shapes[name] != shape:
+                raise UserError(f"tensor {name} has shape {shapes[name]}, this network needs {shape}")
+        if extra := sorted(set(shapes) - set(self.shapes)):
+            raise UserError(f"tensor {extra[0]} is not one of this network's: {', '.join(self.shapes)}")
+
+
+def layout_of(widths: Sequence[int], *, biases: bool = True, normalise: bool = False) -> Layout:
+    """The layout of the parameters of a `Network`; nothing is allocated."""
+    n_layers = len(widths) - 1
+    return Layout(
+        {f"layers.{k}.weights": (widths[k + 1], widths[k]) for k in range(n_layers)},
+        {f"layers.{k}.biases": (widths[k + 1],) for k in range(n_layers) if biases}
+        | {f"layers.{k}.gains": (widths[k + 1],) for k in range(n_layers - 1) if normalise},
+    )
 
 
 @dataclass(frozen=True)
@@ -139,12 +162,7 @@ class Network:
         self.residual = residual
         self.backend: Backend = backend or NumpyBackend()
         self.dtype = np.dtype(dtype)
-        n_layers = len(widths) - 1
-        self.layout = Layout(
-            {f"layers.{k}.weights": (widths[k + 1], widths[k]) for k in range(n_layers)},
-            {f"layers.{k}.biases": (widths[k + 1],) for k in range(n_layers) if biases}
-            | {f"layers.{k}.gains": (widths[k + 1],) for k in range(n_layers - 1) if normalise},
-        )
+        self.layout = layout_of(widths, biases=biases, normalise=normalise)
         if self.layout.size > 2**48:
             raise MemoryError(f"a network of {self.layout.size:.1e} parameters")
         self.parameters = self.backend.zeros((self.layout.size,), self.dtype)
@@ -159,19 +177,16 @@ class Network:
         Raises:
             UserError: a tensor is missing, unknown, of another shape, or not finite.
         """
+        self.layout.refuse_other({name: tensor.shape for name, tensor in tensors.items()})
         flat = np.zeros(self.layout.size, self.dtype)
-        views = self.layout.views(flat)
-        for name, view in views.items():
-            if name not in tensors:
-                raise UserError(f"tensor {name} is missing; this network needs: {', '.join(views)}")
+        for name, view in self.layout.views(flat).items():
             tensor = tensors[name]
-            if tensor.shape != view.shape:
-                raise UserError(f"tensor {name} has shape {tensor.shape}, this network needs {view.shape}")
             if tensor.dtype.kind != "f" or not np.isfinite(tensor).all():
                 raise UserError(f"tensor {name} must hold finite floating-point numbers")
-            view[...] = tensor
-        if extra := sorted(set(tensors) - set(views)):
-            raise UserError(f"tensor {extra[0]} is not one of this network's: {', '.join(views)}")
+            with np.errstate(over="ignore"):
+                view[...] = tensor
+            if not np.isfinite(view).all():
+                raise UserError(f"tensor {name} has numbers that are too large for {self.dtype}")
         (self.parameters if buffer is None else buffer)[...] = self.backend.to_device(flat)
 
     def tensors(self, buffer: Array | None = None) -> dict[str, np.ndarray]:
@@ -304,8 +319,9 @@ class Network:
         return other
 
     def predict(self, inputs: np.ndarray, *, batch_rows: int = 4096) -> np.ndarray:
-        """Outputs (rows, n_out) for host inputs (rows, n_in), computed so many rows at a time."""
+        """Outputs (rows, n_out) for host inputs (rows, n_in), so many rows at a time, of wide layers fewer."""
         outputs = np.empty((len(inputs), self.widths[-1]), self.dtype)
+        batch_rows = max(1, min(batch_rows, PREDICTED_NUMBERS // sum(self.widths)))
         signals = self.signals(min(batch_rows, max(1, len(inputs))), backward=False)
         for start in range(0, len(inputs), batch_rows):
             block = self.backend.to_device(inputs[start : start + batch_rows].astype(self.dtype))

@@ -29,6 +29,8 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
+from gpu_bp.errors import short
+
 Array = Any  # numpy.ndarray or cupy.ndarray
 
 
@@ -174,7 +176,7 @@ class Record:
                 raise ValueError(f"{self.name} has no parameter {name!r}; known: {known}")
             chosen[name] = self.parameters[name].read(value)
             if chosen[name] is None:
-                raise ValueError(f"{name} of {self.name} must be {self.parameters[name].wanted}, not {value!r}")
+                raise ValueError(f"{name} of {self.name} must be {self.parameters[name].wanted}, not {short(value)}")
         return replace(self, values={**self.values, **chosen})
 
 

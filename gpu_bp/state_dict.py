@@ -10,17 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import numpy as np
-
 from gpu_bp.errors import UserError
-from gpu_bp.network import Network
+from gpu_bp.network import Layout, Network
 
 # The last part of our names, by the last part of theirs and whether the weight beside it is a matrix.
 PARTS = {("weight", True): "weights", ("weight", False): "gains", ("bias", True): "biases", ("bias", False): "biases"}
 
 
-def our_names(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """`layers.K.weights`, ... and the name of each in a state_dict.
+def our_names(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """`layers.K.weights`, ... and the name of each in a state_dict, of which names and shapes are given.
 
     Raises:
         UserError: a tensor that is not the weight or bias of a layer, or the second to be that.
@@ -29,16 +27,16 @@ def our_names(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
     layer, linear = -1, ""
     for module in sorted({name.rpartition(".")[0] for name in tensors}, key=_natural):
         weight = tensors.get(f"{module}.weight" if module else "weight")
-        matrix = weight is not None and weight.ndim == 2
+        matrix = weight is not None and len(weight) == 2
         layer, linear = (layer + 1, module) if matrix else (layer, linear)
         for name in sorted((name for name in tensors if name.rpartition(".")[0] == module), reverse=True):
             part = PARTS.get((name.rpartition(".")[2], matrix))
-            if part is None or weight is None or weight.ndim not in (1, 2) or layer < 0:
-                raise UserError(f"tensor {name} {tensors[name].shape} is not the weight or bias of a layer")
+            if part is None or weight is None or len(weight) not in (1, 2) or layer < 0:
+                raise UserError(f"tensor {name} {tensors[name]} is not the weight or bias of a layer")
             ours = f"layers.{layer}.{part}"
             if part == "gains" and (f"layers.{layer}.biases" in names or not _follows(linear, module)):
                 raise UserError(
-                    f"tensor {name} {tensors[name].shape} is no LayerNorm right behind a Linear(bias=False), the one "
+                    f"tensor {name} {tensors[name]} is no LayerNorm right behind a Linear(bias=False), the one "
                     "normalisation that is known"
                 )
             if ours in names:
@@ -47,24 +45,26 @@ def our_names(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
     return names
 
 
-def by_layer(network: Network, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """The tensors of a state_dict by our names; tensors that have these already are passed on.
+def by_layer(layout: Layout, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The names in a state_dict, of which names and shapes are given, by ours; tensors that have these already keep
+    them.
 
     Raises:
         UserError: tensors that do not fit the network: their names and shapes, and those that would be right.
     """
     if not any(name.rpartition(".")[2] == "weight" for name in tensors):
-        return tensors
-    names, shapes = our_names(tensors), network.layout.shapes
+        layout.refuse_other(tensors)
+        return {name: name for name in tensors}
+    names, shapes = our_names(tensors), layout.shapes
     wanted = ", ".join(f"{ours} {shape}" for ours, shape in shapes.items())
     for ours, name in names.items():
         if ours not in shapes:
             raise UserError(f"tensor {name} would be {ours}, which is not one of this network's: {wanted}")
-        if tensors[name].shape != shapes[ours]:
-            raise UserError(f"tensor {name} has shape {tensors[name].shape}, {ours} needs {shapes[ours]}")
+        if tensors[name] != shapes[ours]:
+            raise UserError(f"tensor {name} has shape {tensors[name]}, {ours} needs {shapes[ours]}")
     if missing := [ours for ours in shapes if ours not in names]:
         raise UserError(f"none of the tensors {', '.join(tensors)} is {missing[0]} {shapes[missing[0]]}")
-    return {ours: tensors[name] for ours, name in names.items()}
+    return names
 
 
 def their_names(network: Network) -> dict[str, str]:

@@ -98,7 +98,7 @@ FIT = {"0.weight": (5, 3), "0.bias": (5,), "2.weight": (2, 5), "2.bias": (2,)}
         ),
         ({"1.running_var": (5,)}, "tensor 1.running_var (5,) is not the weight or bias of a layer"),
         ({"0.weight": (5, 3, 1, 1)}, "tensor 0.weight (5, 3, 1, 1) is not the weight or bias of a layer"),
-        ({"4.weight": (1, 2)}, "3 layers need as many activations, not 2"),
+        ({"4.weight": (1, 2), "4.bias": (1,)}, "3 layers need as many activations, not 2"),
         (dict.fromkeys(FIT), "there are no tensors"),
     ],
 )
@@ -116,7 +116,7 @@ def test_no_such_state_dict(tmp_path: Path) -> None:
         load_state_dict(tmp_path / "t.safetensors", ["tanh"])
     header = b'{"0.weight":{"dtype":"BF16","shape":[1,1],"data_offsets":[0,2]}}'
     (tmp_path / "t.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
-    with pytest.raises(UserError, match="'bfloat16' not understood; a type that NumPy has is needed, such as float32"):
+    with pytest.raises(UserError, match="0.weight is of BF16; a type that NumPy has is needed, such as F32"):
         load_state_dict(tmp_path / "t.safetensors", ["tanh"])
 
 

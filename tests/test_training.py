@@ -250,11 +250,11 @@ def test_models_are_read_as_they_were_written(backend: Backend, tiny_config: Tin
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        (None, "not a model of gpu_bp: 'gpu_bp'"),
+        (None, "not a model of gpu_bp: its metadata have no key 'gpu_bp'"),
         ({"gpu_bp": "{"}, "not a model of gpu_bp"),
         ({"gpu_bp": "[]"}, "not a model of gpu_bp"),
-        ({"gpu_bp": '{"format": 9}'}, "has model format 9, this version reads 1"),
-        ({"gpu_bp": '{"format": 1, "widths": "ab"}'}, "not a model of gpu_bp"),
+        ({"gpu_bp": '{"format": 9}'}, "it has model format 9, this version reads 1"),
+        ({"gpu_bp": '{"format": 1, "widths": "ab"}'}, "not a model of gpu_bp: widths: input should be a valid array"),
     ],
 )
 def test_files_that_are_no_model(tmp_path: Path, backend: Backend, description: Any, message: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from gpu_bp.data.source import Rows, block_rows_for
 from gpu_bp.errors import UserError
+from gpu_bp.plain_file import read_npy_header
 
 
 class NpyFile:
@@ -24,14 +25,12 @@ class NpyFile:
             raise UserError(f"{what}: no file {path}")
         try:
             with path.open("rb") as file:
-                old = np.lib.format.read_magic(file) == (1, 0)
-                read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-                self.shape, self._fortran, self.dtype = read_header(file)
-                self._start = file.tell()
+                header = read_npy_header(file)
         except OSError as error:
             raise UserError(f"{what}: {path}: {error.strerror or 'not a .npy file'}") from None
-        except Exception:  # whatever a broken header makes of it
-            raise UserError(f"{what}: {path} is not a .npy file of numbers") from None
+        except ValueError as error:
+            raise UserError(f"{what}: {path} is not a .npy file of numbers: {error}") from None
+        self.shape, self._fortran, self.dtype, self._start = header.shape, header.fortran, header.dtype, header.start
         if self.dtype.kind not in "fiub" or len(self.shape) not in (1, 2):
             raise UserError(
                 f"{what}: {path} must hold one array of real numbers with 1 or 2 dimensions, not {self.dtype} of "
@@ -39,11 +38,9 @@ class NpyFile:
             )
         if 0 in self.shape:
             raise UserError(f"{what}: {path} is empty, its shape is {self.shape}")
-        size = self._start + int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-        if path.stat().st_size < size:
-            raise UserError(
-                f"{what}: {path} has {path.stat().st_size} bytes, its header promises {size}: it is cut off"
-            )
+        size = path.stat().st_size
+        if size < header.file_bytes:
+            raise UserError(f"{what}: {path} has {size} bytes, its header promises {header.file_bytes}: it is cut off")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -60,7 +57,8 @@ class NpyFile:
             UserError: a NaN or infinity (in which row), or a file that was cut off meanwhile.
         """
         if self._fortran and len(self.shape) == 2:  # a row's numbers lie far apart
-            rows = np.array(np.load(self.path, allow_pickle=False, mmap_mode="r")[first : first + n], order="C")
+            columns = np.memmap(self.path, self.dtype, "r", self._start, self.shape, order="F")
+            rows = np.array(columns[first : first + n], order="C")
         else:
             rows = np.empty((n, *self.shape[1:]), self.dtype)
             read_into(rows, self.path, self._start + first * self.width * self.dtype.itemsize)

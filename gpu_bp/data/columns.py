@@ -139,7 +139,8 @@ class Columns:
         for one, other in (*apart, *((key, "weight_column") for key in named if key != "weight_column")):
             if both := sorted(set(named[one]) & set(named[other])):
                 raise UserError(f"{both[0]!r} stands in data.{one} and in data.{other}; it can be one alone")
-        used = [name for name in table.names if name not in (*targets, *dropped, weight)]
+        others = {*targets, *dropped, weight}
+        used = [name for name in table.names if name not in others]
         if not used:
             raise UserError(f"{table.path}: no column is left for the inputs")
 

@@ -11,18 +11,20 @@ import csv
 import functools
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu_bp.data.table import Chunk, Table, is_number
+from gpu_bp.data.table import Chunk, Table, is_number, places
 from gpu_bp.errors import UserError
 
 # The most a chunk has of either; a longer row is a chunk of its own.
 CHUNK_BYTES = 2**20
 CHUNK_ROWS = 4096
+# The most a row has: a file in which none ends would be read whole.
+ROW_BYTES = 2**22
 
 BOM = "\N{BYTE ORDER MARK}".encode()
 # A quote that starts a field opens a quoted one, to the next single quote. Elsewhere in a field it is a character.
@@ -68,7 +70,7 @@ class CsvTable(Table):
 class CsvChunk(Chunk):
     """Rows of a csv file; `line` is how many lines of the file stand before them."""
 
-    def __init__(self, path: Path, names: list[str], n_rows: int, data: bytes, line: int) -> None:
+    def __init__(self, path: Path, names: Mapping[str, int], n_rows: int, data: bytes, line: int) -> None:
         super().__init__(path, names, n_rows)
         self._data = data
         self._line = line
@@ -76,7 +78,7 @@ class CsvChunk(Chunk):
     def text(self, name: str) -> list[str]:
         if name not in self.names:
             raise self.unknown(name)
-        k = self.names.index(name)
+        k = self.names[name]
         return self.stripped(name, [row[k] for row in self.rows[0]])
 
     def coded(self, name: str) -> tuple[list[str], np.ndarray]:
@@ -119,7 +121,8 @@ class CsvChunk(Chunk):
         arrow, data = _arrow(), self._data
         quotes, plain = _quotes(data)
         # pyarrow is lenient with quotes, and takes a byte order mark before the chunk for one before the file
-        if arrow is None or not plain or len(quotes) % 2 or data.startswith(BOM):
+        # what it makes of each column is more than a short one has
+        if arrow is None or len(self.names) > self.n_rows or not plain or len(quotes) % 2 or data.startswith(BOM):
             return None
         names = [str(k) for k in range(len(self.names))]
         try:
@@ -138,7 +141,7 @@ class CsvChunk(Chunk):
             raise self.unknown(name)
         if self._arrow_table is None:
             return None
-        column = self._arrow_table[self.names.index(name)].chunk(0)
+        column = self._arrow_table[self.names[name]].chunk(0)
         longest = _arrow().compute.max(_arrow().compute.binary_length(column)).as_py()
         return column if longest <= csv.field_size_limit() else None  # the csv module may refuse it
 
@@ -165,6 +168,8 @@ def pieces(path: Path) -> Iterator[Piece]:
                 line += _count_lines(block[done:end])
                 done = end
             start, block = start + done, block[done:]
+            if len(block) > ROW_BYTES:
+                raise _broken(path, line, f"a row is longer than {ROW_BYTES >> 20} MiB")
         if header:
             raise UserError(f"{path} is empty; a header and rows are needed")
 
@@ -195,18 +200,16 @@ def parse(path: Path, data: bytes, line: int) -> tuple[list[list[str]], list[int
     return rows, lines
 
 
-def _names(path: Path, rows: list[list[str]]) -> list[str]:
+def _names(path: Path, rows: list[list[str]]) -> dict[str, int]:
     names = [name.strip() for name in rows[0]]
     if "" in names:
         raise UserError(f"{path}, line 1: column {names.index('') + 1} has no name")
-    if len(set(names)) < len(names):
-        twice = next(name for k, name in enumerate(names) if name in names[:k])
-        raise UserError(f"{path}, line 1: the column {twice!r} is there twice")
+    found = places(f"{path}, line 1", names)
     if len(names) == 1 and ";" in names[0]:
         raise UserError(f"{path}, line 1: there is one column, {names[0]!r}; the separator must be a comma")
     if all(map(is_number, names)):
         raise UserError(f"{path}, line 1: a header with the names of the columns is needed, not numbers")
-    return names
+    return found
 
 
 def _row_ends(path: Path, block: bytes, line: int, last: bool) -> np.ndarray:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpu_bp.data.table import Chunk, Table
+from gpu_bp.data.table import Chunk, Table, places
 from gpu_bp.errors import UserError
+
+# The most rows of a row group, which is read whole: numbers that are all alike take no room in a file, however many.
+GROUP_ROWS = 2**26
 
 
 class ParquetTable(Table):
@@ -26,20 +31,17 @@ class ParquetTable(Table):
         except ImportError:
             raise UserError(f"{path}: a Parquet file needs pyarrow: pip install 'gpu_bp[table]'") from None
         self.path = path
-        if not path.is_file():
-            raise UserError(f"no file {path}")
-        try:
+        with readable(path):
             self._file = pyarrow.parquet.ParquetFile(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} is not a Parquet file, or not a whole one: {_line(error)}") from None
-        self.names = self._file.schema_arrow.names
-        if len(set(self.names)) < len(self.names):
-            twice = next(name for k, name in enumerate(self.names) if name in self.names[:k])
-            raise UserError(f"{path}: the column {twice!r} is there twice")
-        metadata = self._file.metadata
-        if not metadata.num_rows:
+            names, metadata = self._file.schema_arrow.names, self._file.metadata
+            rows = [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
+        self.names = places(path, names)
+        if not any(rows):
             raise UserError(f"{path} has no rows")
-        rows = [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
+        if not 0 <= min(rows) <= max(rows) <= GROUP_ROWS:
+            raise UserError(
+                f"{path} has a row group of {max(rows)} rows; {GROUP_ROWS} are the most that are read at once"
+            )
         self._groups = np.flatnonzero(rows)
         self.starts = np.cumsum([0, *filter(None, rows)], dtype=np.int64)
 
@@ -52,18 +54,20 @@ class ParquetTable(Table):
 class ParquetChunk(Chunk):
     """A row group of a Parquet file; `first` is the number of its first row in the file."""
 
-    def __init__(self, path: Path, names: list[str], n_rows: int, file: Any, group: int, first: int) -> None:
+    def __init__(self, path: Path, names: Mapping[str, int], n_rows: int, file: Any, group: int, first: int) -> None:
         super().__init__(path, names, n_rows)
         self._file = file
         self._group = group
         self._first = first
 
     def text(self, name: str) -> list[str]:
-        return self.stripped(name, list(map(str, self._column(name).to_pylist())))
+        with readable(self.path, self._where(name)):
+            return self.stripped(name, list(map(str, self._column(name).to_pylist())))
 
     def coded(self, name: str) -> tuple[list[str], np.ndarray]:
-        coded = self._column(name).dictionary_encode()
-        values = [str(value).strip() for value in coded.dictionary.to_pylist()]
+        with readable(self.path, self._where(name)):
+            coded = self._column(name).dictionary_encode()
+            values = [str(value).strip() for value in coded.dictionary.to_pylist()]
         return super().coded(name) if "" in values else (values, coded.indices.to_numpy().astype(np.int64))
 
     def numbers(self, name: str) -> np.ndarray:
@@ -72,10 +76,14 @@ class ParquetChunk(Chunk):
         column = self._column(name)
         if _is_text(column.type):
             return super().numbers(name)
-        return np.asarray(column.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False))
+        with readable(self.path, self._where(name)):
+            return np.asarray(column.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False))
 
     def fault(self, name: str, row: int, what: str) -> UserError:
         return UserError(f"{self.path}, row {self._first + row} (counting from 0), column {name}: {what}")
+
+    def _where(self, name: str) -> str:
+        return f", rows {self._first} to {self._first + self.n_rows - 1}, column {name}"
 
     def _column(self, name: str) -> Any:
         """An array of numbers or of text without nulls, the numbers finite."""
@@ -88,11 +96,10 @@ class ParquetChunk(Chunk):
         plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not (_is_text(plain) or _is_number(plain)):
             raise UserError(f"{self.path}, column {name}: numbers or text are needed, not {kind}")
-        try:
+        with readable(self.path, self._where(name)):
             column = self._file.read_row_group(self._group, columns=[name])[name].cast(plain).combine_chunks()
-        except (pyarrow.ArrowException, OSError) as error:
-            rows = f"rows {self._first} to {self._first + self.n_rows - 1}"
-            raise UserError(f"{self.path}, {rows}, column {name}: {_line(error)}") from None
+            if len(column) != self.n_rows:
+                raise ValueError(f"there are {len(column)} of them")
         if column.null_count:
             row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
             raise self.fault(name, row, "the value is null")
@@ -116,6 +123,18 @@ def _is_number(kind: Any) -> bool:
     return any(check(kind) for check in (types.is_integer, types.is_floating, types.is_boolean, types.is_decimal))
 
 
-def _line(error: Exception) -> str:
-    """The first line of a message."""
-    return str(error).partition("\n")[0]
+@contextmanager
+def readable(path: Path, where: str = "") -> Iterator[None]:
+    """Whatever pyarrow makes within it of a file that is broken becomes a UserError; `where` is the place in it."""
+    import pyarrow
+
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    try:
+        yield
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
+        what = str(error).partition("\n")[0]
+        fault = "" if where else " is not a Parquet file, or not a whole one"
+        raise UserError(f"{path}{where}{fault}: {what}") from None

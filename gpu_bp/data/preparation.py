@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,7 +84,7 @@ class Preparation:
             table, columns = open_table(path), self.columns
             if columns is None:
                 wanted = self.input_names()
-                names = wanted if set(wanted) <= set(table.names) else table.names  # by name, or else in their order
+                names: Iterable[str] = wanted if set(wanted) <= table.names.keys() else table.names  # or in order
                 columns = Columns(tuple(map(Numeric, names)), ())
             raw = TableReader(table, columns, targets=False).read(0, table.n_rows).inputs
         if self.columns is None and raw.shape[1] != len(self.shift):

@@ -17,8 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpu_bp.data.arrays import read_into
+from gpu_bp.data.parquet_table import readable
 from gpu_bp.data.shard_manifest import MANIFEST, Manifest, ShardFile
 from gpu_bp.errors import UserError
+from gpu_bp.plain_file import read_npy_header
 from gpu_bp.whole_file import PartFile
 
 Blocks = Iterable[tuple[np.ndarray, np.ndarray]]  # inputs and wanted, C-contiguous
@@ -93,15 +95,14 @@ class NpyFiles:
 def _check_header(path: Path, file: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
     """Where the numbers start in a .npy file that holds this array."""
     try:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError
-        held_shape, fortran, held = np.lib.format.read_array_header_1_0(file)
-    except ValueError:
-        raise UserError(f"{path} is not a .npy file of version 1.0") from None
-    if (held.str, held_shape) != (dtype.str, shape) or fortran:
-        order = " in Fortran's order" if fortran else ""
-        raise UserError(f"{path} holds {held.str} of shape {held_shape}{order}; {MANIFEST} says {dtype.str} of {shape}")
-    return int(file.tell())
+        held = read_npy_header(file)
+    except ValueError as error:
+        raise UserError(f"{path} is not a .npy file: {error}") from None
+    if (held.dtype.str, held.shape) != (dtype.str, shape) or held.fortran:
+        order = " in Fortran's order" if held.fortran else ""
+        what = f"{held.dtype.str} of shape {held.shape}{order}"
+        raise UserError(f"{path} holds {what}; {MANIFEST} says {dtype.str} of {shape}")
+    return held.start
 
 
 class ParquetFiles:
@@ -153,25 +154,27 @@ class ParquetFiles:
         """The inputs and what is wanted of a row group."""
         m = self.manifest
         footer = self._footer(index)
-        with self._parquet.ParquetFile(self.folder / self.names(index)[0], metadata=footer) as file:
+        path = self.folder / self.names(index)[0]
+        rows = footer.row_group(group).num_rows
+        with readable(path), self._parquet.ParquetFile(path, metadata=footer) as file:
             columns = [column.to_numpy() for column in file.read_row_group(group, use_threads=False).columns]
+        if any(len(column) != rows for column in columns):
+            raise UserError(f"{path} has columns that are shorter than it says")
         inputs, wanted = columns[: m.n_inputs], columns[m.n_inputs :]
         return np.stack(inputs, axis=1), wanted[0] if m.classes else np.stack(wanted, axis=1)
 
     def _read_footer(self, index: int) -> Any:
         """The metadata of a shard's file, which are as the manifest says."""
         path = self.folder / self.names(index)[0]
-        try:
+        with readable(path):
             footer = self._parquet.read_metadata(path)
             schema = footer.schema.to_arrow_schema()
-        except self._pyarrow.ArrowException:
-            raise UserError(f"{path} is not a Parquet file") from None
         if not schema.equals(self._schema):
             held, said = (", ".join(f"{f.name} {f.type}" for f in s) for s in (schema, self._schema))
             raise UserError(f"{path} has the columns {_shorten(held)}; {MANIFEST} says {_shorten(said)}")
         rows, block = self.manifest.plan(index)[1], self.manifest.block_rows
         groups = [footer.row_group(k).num_rows for k in range(footer.num_row_groups)]
-        if groups != [min(block, rows - first) for first in range(0, rows, block)]:
+        if len(groups) != -(-rows // block) or groups != [min(block, rows - k * block) for k in range(len(groups))]:
             raise UserError(f"{path} has {footer.num_rows} rows; {MANIFEST} says {rows} in row groups of {block}")
         return footer
 

@@ -7,13 +7,16 @@ every shard that is finished with the size and the checksum of each of its files
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
+from pydantic_core import from_json
 
-from gpu_bp.errors import UserError
+from gpu_bp.config_types import Section, Width, first_fault
+from gpu_bp.data.source import BLOCK_ROWS
+from gpu_bp.errors import UserError, short
+from gpu_bp.plain_file import read_text
 from gpu_bp.tables import differing
 from gpu_bp.whole_file import PartFile, write_whole
 
@@ -21,18 +24,15 @@ MANIFEST = "manifest.json"
 AGAIN = "run `gpu-bp generate` again"
 
 
-class _Record(BaseModel):
-    """A JSON object: unknown keys and wrong types are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+Natural = Annotated[int, Field(ge=1, le=2**62)]
 
 
-class ShardFile(_Record):
+class ShardFile(Section):
     """A finished file: its name in the folder, its size, and the CRC-32 of its bytes."""
 
-    name: str
-    bytes: int
-    crc32: int
+    name: str = Field(pattern=r"^[\w-]+\.[a-z]+$")  # in no other folder
+    bytes: Natural
+    crc32: int = Field(ge=0, lt=2**32)
 
     @classmethod
     def finish(cls, file: PartFile, name: str) -> ShardFile:
@@ -41,15 +41,15 @@ class ShardFile(_Record):
         return cls(name=name, bytes=file.bytes, crc32=file.crc32)
 
 
-class Shard(_Record):
+class Shard(Section):
     """A finished shard: `rows` rows from number `first` on, and the files they are in."""
 
-    first: int = Field(ge=0)
-    rows: int = Field(ge=1)
+    first: int = Field(ge=0, le=2**62)
+    rows: Natural
     files: tuple[ShardFile, ...]
 
 
-class Manifest(_Record):
+class Manifest(Section):
     """What is in a shard folder.
 
     `config` is plain data that identifies what was generated. `rows` are planned in all; the folder is complete
@@ -60,15 +60,15 @@ class Manifest(_Record):
 
     format: Literal[1] = 1
     config: dict[str, Any]
-    rows: int = Field(ge=1)
+    rows: Natural
     dtype: Literal["float64", "float32"]
-    n_inputs: int = Field(ge=1)
-    n_targets: int = Field(ge=1)
+    n_inputs: Width
+    n_targets: Width
     classes: tuple[str, ...]
     binary: bool
     file_format: Literal["npy", "parquet"]
-    shard_rows: int = Field(ge=1)
-    block_rows: int = Field(ge=1)
+    shard_rows: Natural
+    block_rows: int = Field(ge=1, le=BLOCK_ROWS)
     shards: tuple[Shard, ...] = ()
 
     @classmethod
@@ -80,24 +80,23 @@ class Manifest(_Record):
         """
         path = folder / MANIFEST
         try:
-            text = path.read_text(encoding="utf-8")
-            raw = json.loads(text)
+            text = read_text(path)
+            raw = from_json(text)
         except FileNotFoundError:
             what = f"it has no {MANIFEST}" if folder.is_dir() else "there is no such folder"
             raise UserError(f"{folder} is not a shard folder: {what}") from None
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
-        except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        except ValueError:  # so is a UnicodeDecodeError
             raise UserError(f"{path} is not JSON") from None
         if not isinstance(raw, dict) or "format" not in raw:
             raise UserError(f"{path} is not the manifest of a shard folder: it has no key format")
         if raw["format"] != 1:
-            raise UserError(f"{path}: its format is {raw['format']!r}, this version of gpu_bp reads format 1")
+            raise UserError(f"{path}: its format is {short(raw['format'])}, this version of gpu_bp reads format 1")
         try:
             manifest = cls.model_validate_json(text)
         except ValidationError as error:
-            fault = error.errors(include_url=False)[0]
-            raise UserError(f"{path}, {'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}") from None
+            raise UserError(f"{path}, {first_fault(error)}") from None
         for shard in manifest.shards:
             index = shard.first // manifest.shard_rows
             first, rows = manifest.plan(index)
@@ -123,6 +122,16 @@ class Manifest(_Record):
     def finished_rows(self) -> int:
         """Rows of the shards that are finished."""
         return sum(shard.rows for shard in self.shards)
+
+    def could_hold(self, shard: Shard) -> bool:
+        """Whether the sizes of a shard's files bear out its rows, so that nothing is made out of proportion to them.
+
+        A number takes a byte or more; in Parquet, where many that are alike take no room, a row group and a column do.
+        """
+        size, width = sum(file.bytes for file in shard.files), self.n_inputs + self.n_targets
+        if self.file_format == "parquet":
+            return size >= max(shard.rows // self.block_rows, width)
+        return size >= shard.rows * width
 
     def plan(self, index: int) -> tuple[int, int]:
         """The first row of a shard, and how many rows it has."""

@@ -39,12 +39,16 @@ class ShardReader:
             raise UserError(
                 f"{folder} is incomplete: it has {manifest.finished_rows} of {manifest.rows} rows; {AGAIN} to finish it"
             )
-        self._files = shard_files(manifest, self.folder)
+        for shard in manifest.shards:
+            for file in shard.files:
+                _check_size(self.folder / file.name, file)
+            if not manifest.could_hold(shard):
+                first, end = shard.first, shard.first + shard.rows
+                raise UserError(f"{self.folder / MANIFEST}: rows {first} to {end - 1} do not fit into their files")
+        self._files = shard_files(manifest, self.folder)  # whose columns the sizes of the files bear out
         for index, shard in enumerate(manifest.shards):
             if tuple(file.name for file in shard.files) != self._files.names(index):
                 raise UserError(f"{self.folder / MANIFEST}: shard {index} must be in {self._files.names(index)}")
-            for file in shard.files:
-                _check_size(self.folder / file.name, file)
         self._verified: set[int] = set()
         self._lock = threading.Lock()
         self.n_rows = manifest.rows
@@ -79,7 +83,13 @@ class ShardReader:
                 end = min(n, done + m.shards[index].rows - start)
                 self._read(index, start, inputs[done:end], wanted[done:end])
                 done = end
-        return Rows(inputs, labels=wanted) if m.classes else Rows(inputs, targets=wanted)
+        if not m.classes:
+            return Rows(inputs, targets=wanted)
+        outside = (wanted < 0) | (wanted >= len(m.classes))
+        if outside.any():
+            k = int(outside.argmax())
+            raise UserError(f"{self.where}, row {first + k}: class {wanted[k]} is none of 0 to {len(m.classes) - 1}")
+        return Rows(inputs, labels=wanted)
 
     def _read(self, index: int, start: int, inputs: np.ndarray, wanted: np.ndarray) -> None:
         try:

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from gpu_bp.errors import UserError, unknown
 
+MOST_COLUMNS = 2**16
+
 
 class Table(ABC):
     """The columns and chunks of a file.
 
-    `names` of the columns; `starts`, (chunks + 1,) int64: the number of each chunk's first row, and after the last
-    of them that of all rows.
+    `names` of the columns, and the place of each; `starts`, (chunks + 1,) int64: the number of each chunk's first
+    row, and after the last of them that of all rows.
     """
 
     path: Path
-    names: list[str]
+    names: Mapping[str, int]
     starts: np.ndarray
 
     @property
@@ -51,7 +53,7 @@ class Chunk(ABC):
     or a field is empty or of the wrong kind.
     """
 
-    def __init__(self, path: Path, names: list[str], n_rows: int) -> None:
+    def __init__(self, path: Path, names: Mapping[str, int], n_rows: int) -> None:
         self.path = path
         self.names = names
         self.n_rows = n_rows
@@ -93,6 +95,18 @@ class Chunk(ABC):
     def unknown(self, name: str) -> UserError:
         """The error for a column that is not there."""
         return UserError(f"{self.path}: {unknown('column', name, self.names)}")
+
+
+def places(where: object, names: Sequence[str]) -> dict[str, int]:
+    """The place of each column. Raises UserError where one is there twice, or there are too many."""
+    found: dict[str, int] = {}
+    if len(names) > MOST_COLUMNS:
+        raise UserError(f"{where}: there are {len(names)} columns; {MOST_COLUMNS} are the most that are read")
+    for k, name in enumerate(names):
+        if name in found:
+            raise UserError(f"{where}: the column {name!r} is there twice")
+        found[name] = k
+    return found
 
 
 def number(text: str) -> float:
