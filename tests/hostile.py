@@ -157,7 +157,7 @@ def model(folder: Path) -> Case:
         loaded = Model.load(path, NumpyBackend())
         loaded.predict(folder / ("table.csv" if loaded.preparation.columns else "x.npy"))
 
-    return read, st.one_of(described, described, headed, changed_bytes(*valid))
+    return read, st.one_of(described, described, headed, changed_bytes(*valid), st.sampled_from(valid))
 
 
 def npy(folder: Path) -> Case:
