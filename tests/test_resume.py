@@ -390,6 +390,9 @@ def test_lines_that_are_missing_are_noticed(tiny_config: Tiny, tmp_path: Path) -
     (run / "metrics.jsonl").write_bytes(text[:-1])
     with pytest.raises(UserError, match=rf"has {len(text) - 1} bytes, and had {len(text)} when .*lines are missing"):
         resume(run, backend="numpy")
+    (run / "metrics.jsonl").write_bytes(b"\n" + text)
+    with pytest.raises(UserError, match="has other lines than when the checkpoint was written"):
+        resume(run, backend="numpy")
     (run / "metrics.jsonl").write_bytes(text + b'{"epoch": 2, "st')  # a power cut in the next line
     resume(run, backend="numpy")
     train(tiny_config(), backend="numpy", run=tmp_path / "whole")
