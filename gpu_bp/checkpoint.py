@@ -85,6 +85,10 @@ class CheckpointFolder:
             self._hold(index)
         return found
 
+    def any(self) -> bool:
+        """Whether there is one, whole or not."""
+        return any(self.path.glob("step-*.json"))
+
     def write(self, facts: Facts, tensors: Tensors) -> None:
         """Adds a checkpoint, and removes those that are not kept.
 
