@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,14 +15,22 @@ from trainings import last_checkpoint, outcome, tables, write_data
 
 import gpu_bp
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs limits of POSIX")
+pytestmark = pytest.mark.slow
+pytest.importorskip("resource", reason="Windows has no such limits")
+
+LIMITED = """
+import resource, sys
+from gpu_bp.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+main(sys.argv[2:])
+"""
 
 
 def gpu_bp_command(*arguments: str | Path, limit: int | None = None) -> subprocess.CompletedProcess[str]:
     """The command line; files of more bytes than `limit` are refused to it, as on a full disk."""
-    limits = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    command = [sys.executable, "-m", "gpu_bp", *map(str, arguments), "--backend", "numpy", "--quiet"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limits)
+    program = ["-m", "gpu_bp"] if limit is None else ["-c", LIMITED, str(limit)]
+    command = [sys.executable, *program, *map(str, arguments), "--backend", "numpy", "--quiet"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 Runs = tuple[Path, Path]
