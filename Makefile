@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-kernels test-reference test-all gpu-check lint wheel-check clean
+.PHONY: help install demo test test-kernels test-reference test-all kill-test soak gpu-check lint wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -43,6 +43,12 @@ test-reference: .venv/reference.stamp  ## the same results as PyTorch and scikit
 
 test-all: .venv/kernels.stamp .venv/reference.stamp  ## all tests: kernels, references, experiments and packaging too
 	$(BIN)/pytest -n 2
+
+kill-test: .venv/dev.stamp  ## 500 kills of trainings, at random and at every line that writes; about half an hour
+	GPU_BP_KILLS=500 $(BIN)/pytest -s tests/test_kill.py
+
+soak: .venv/dev.stamp  ## a million steps with checkpoints: does it gain memory, files or threads
+	GPU_BP_SOAK_STEPS=1000000 $(BIN)/pytest -s tests/test_soak.py
 
 gpu-check: ## on a machine with a GPU: everything it can tell, in one report; no network
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from gpu_bp.config_types import first_fault
 from gpu_bp.errors import UserError
 from gpu_bp.tensor_file import read_tensors, write_tensors
 from gpu_bp.training_state import Record, Tensors, TrainingState
@@ -85,6 +86,10 @@ class CheckpointFolder:
             self._hold(index)
         return found
 
+    def any(self) -> bool:
+        """Whether there is one, whole or not."""
+        return any(self.path.glob("step-*.json"))
+
     def write(self, facts: Facts, tensors: Tensors) -> None:
         """Adds a checkpoint, and removes those that are not kept.
 
@@ -101,7 +106,7 @@ class CheckpointFolder:
                 break
             path = self.path / f"{stem}-{k}.safetensors"
         index = Index(facts=facts, tensors=TensorFile(name=path.name, sha256=write_tensors(path, tensors)))
-        write_whole(self.path / f"{stem}.json", _render(index))
+        write_whole(self.path / f"{stem}.json", _render(index.model_dump(mode="json")))
         self._hold(index)
         self._remove_others()
 
@@ -135,20 +140,22 @@ class CheckpointFolder:
 
 def _read_index(path: Path) -> Index:
     """What a checkpoint's JSON file says, which is as it was written."""
+    text = path.read_bytes()
     try:
-        text = path.read_bytes()
-        index = Index.model_validate({key: x for key, x in json.loads(text).items() if key != "checksum"})
-        as_written = _render(index) == text
-    except (ValueError, AttributeError, RecursionError) as error:  # Unicode's, JSON's and pydantic's are ValueErrors
+        body = {key: value for key, value in json.loads(text).items() if key != "checksum"}
+        if _render(body) != text:
+            raise UserError(f"checkpoint {path} is broken: its checksum is another")
+        return Index.model_validate(body)
+    except UserError:
+        raise
+    except ValidationError as error:
+        raise UserError(f"checkpoint {path} is broken: {first_fault(error)}") from None
+    except (ValueError, AttributeError, RecursionError) as error:  # Unicode's and JSON's are ValueErrors
         raise UserError(f"checkpoint {path} is broken: {_first_line(error)}") from None
-    if not as_written:
-        raise UserError(f"checkpoint {path} is broken: its checksum is another")
-    return index
 
 
-def _render(index: Index) -> bytes:
-    """The JSON file, with the checksum of all else in it: to the byte what is read again."""
-    body = index.model_dump(mode="json")
+def _render(body: dict[str, Any]) -> bytes:
+    """The JSON file, with the checksum of all else in it."""
     checksum = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps({"checksum": checksum, **body}, indent=1, allow_nan=False) + "\n").encode()
 

@@ -41,8 +41,8 @@ class Resuming:
         allow_change: keys of the config, or tables, that may have changed.
 
     Raises:
-        UserError: something else of the config has changed (what), or the config in the folder cannot be read; or the
-            run has ended, and there is no whole checkpoint, so that its results would be lost.
+        UserError: something else of the config has changed (what), or the config in the folder cannot be read; or there
+            were checkpoints and none is whole: it would start from the beginning, and what it has would be lost.
 
     Attributes:
         changed: whether what is trained is another than before.
@@ -60,10 +60,8 @@ class Resuming:
         }
         self.changed = any(not _is_among(key, FREE) for key in changes)
         self._refuse(changes, "was started with another config")
-        if self._checkpoint is None and folder.summary_file.exists():
-            raise UserError(
-                f"{folder.path} has ended, and none of its checkpoints is whole; start again in another folder"
-            )
+        if self._checkpoint is None and (folder.summary_file.exists() or self.checkpoints.any()):
+            raise UserError(f"none of the checkpoints of {folder.path} is whole; start again in another folder")
 
     def restore(self, trainer: Trainer, described: Mapping[str, Any]) -> None:
         """Brings the trainer to where the run is, and the folder's files with it.
@@ -74,15 +72,16 @@ class Resuming:
             UserError: the data have changed, or the checkpoint is of a network that is built in another way.
         """
         config, path = trainer.config, self.folder.path
-        if self._checkpoint is None:
+        checkpoint, self._checkpoint = self._checkpoint, None  # its tensors are not kept beside the training
+        if checkpoint is None:
             self.folder.begin(config)
             log.info(f"{path} has no checkpoint: starting from the beginning")
             return
-        facts = self._checkpoint.facts
+        facts = checkpoint.facts
         changed = {key: f"{key}: {words}" for key, words in data_changes(facts.data, described["data"]).items()}
         self._refuse(changed, "was trained on other data")
         self.changed = self.changed or bool(changed)
-        restore(trainer, facts.training, self._checkpoint.tensors)
+        restore(trainer, facts.training, checkpoint.tensors)
         if self.changed:
             trainer.stopped = ""  # what ended it may do so no more
         self.folder.begin(config, facts.metrics_bytes)

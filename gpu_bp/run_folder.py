@@ -55,7 +55,7 @@ class RunFolder:
         """Writes the config, and cuts the metrics to so many bytes: to what stands before the first step to come.
 
         Raises:
-            UserError: there are not so many.
+            UserError: there are not so many, or no line ends there.
         """
         there = self.metrics_bytes
         if there < metrics_bytes:
@@ -63,8 +63,14 @@ class RunFolder:
                 f"{self.metrics_file} has {there} bytes, and had {metrics_bytes} when the checkpoint was written: "
                 "lines are missing; put the file back, or start again in another folder"
             )
-        write_whole(self.config_file, dump_config(config))
-        with self.metrics_file.open("ab") as file:
+        with self.metrics_file.open("ab+") as file:
+            file.seek(max(0, metrics_bytes - 1))
+            if metrics_bytes and file.read(1) != b"\n":
+                raise UserError(
+                    f"{self.metrics_file} has other lines than when the checkpoint was written; "
+                    "put the file back, or start again in another folder"
+                )
+            write_whole(self.config_file, dump_config(config))
             file.truncate(metrics_bytes)
         flush_folder(self.path)
 

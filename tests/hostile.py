@@ -8,8 +8,10 @@ raised, and no input takes 5 s. What a family took is printed as JSON. Hypothesi
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
+import logging
 import os
 import re
 import resource
@@ -34,6 +36,7 @@ from safetensors.numpy import save
 
 import gpu_bp
 from gpu_bp import NumpyBackend, UserError, load_config
+from gpu_bp.checkpoint import CheckpointFolder
 from gpu_bp.cli import main
 from gpu_bp.config_network import FileWeights
 from gpu_bp.data.shards import ShardReader
@@ -41,6 +44,8 @@ from gpu_bp.generate import generate
 from gpu_bp.initial import initialise
 from gpu_bp.model import Model
 from gpu_bp.network import Network
+from gpu_bp.trainer import Trainer
+from gpu_bp.training_state import restore
 
 SECONDS = 5  # of the processor, for one input
 ADDRESSES = 4 * 2**30  # bytes of them, so that what is allocated and not touched is seen too
@@ -158,6 +163,34 @@ def model(folder: Path) -> Case:
         loaded.predict(folder / ("table.csv" if loaded.preparation.columns else "x.npy"))
 
     return read, st.one_of(described, described, headed, changed_bytes(*valid), st.sampled_from(valid))
+
+
+def checkpoint(folder: Path) -> Case:
+    """The numbers of a checkpoint, whose checksum is right as often as not; what is whole is gone on with."""
+    options = {"train": {"steps": 4, "batch_size": 8}, "checkpoint": {"every_steps": 2}}
+    parsed = gpu_bp.parse_config({**CONFIG, **options})
+    gpu_bp.train(parsed, backend="numpy", run=folder / "run", pictures=False)
+    path = folder / "run/checkpoints/step-0000000004.json"
+    valid = path.read_bytes()
+    body = {key: value for key, value in json.loads(valid).items() if key != "checksum"}
+
+    def sealed(edits: Any) -> bytes:
+        changed = changed_tree(body, edits)
+        checksum = hashlib.sha256(json.dumps(changed).encode()).hexdigest()
+        return (json.dumps({"checksum": checksum, **changed}, indent=1) + "\n").encode()
+
+    trainer = Trainer(parsed, NumpyBackend())
+    logging.getLogger("gpu_bp").setLevel(logging.ERROR)  # each broken one is told of
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        found = CheckpointFolder(folder / "run", keep=2).newest()
+        assert found is not None, "the one before is whole"
+        if found.facts.training.step == 2:
+            raise UserError("it was passed over")
+        restore(trainer, found.facts.training, found.tensors)
+
+    return read, st.one_of(st.builds(sealed, TREE_EDITS), changed_bytes(valid), st.just(valid))
 
 
 def npy(folder: Path) -> Case:
@@ -343,7 +376,7 @@ def commands(folder: Path) -> Case:
     return read, st.tuples(st.sampled_from(cases), st.lists(EDIT, min_size=1, max_size=3))
 
 
-FAMILIES = {made.__name__: made for made in (config, model, npy, npz, table, parquet, shards, commands)}
+FAMILIES = {made.__name__: made for made in (config, model, checkpoint, npy, npz, table, parquet, shards, commands)}
 
 
 def command(*arguments: object) -> None:

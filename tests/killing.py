@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from trainings import REWINDS, TRAININGS, outcome, tables, write_data
 import gpu_bp
 import gpu_bp.cli
 import gpu_bp.report
+from gpu_bp.checkpoint import FOLDER, CheckpointFolder
 from gpu_bp.config import Config
 from gpu_bp.config_file import dump_config, parse_config
 from gpu_bp.whole_file import PartFile
@@ -181,12 +183,30 @@ def one_by_one(config: Config, folder: Path, points: list[tuple[str, Callable[[]
     for k, (what, planted) in enumerate(points):
         run, output = folder / f"run{k}", folder / f"output{k}.txt"
         _, then = points[int(rng.integers(len(points)))]
+        reached = 0
         for killing in (planted, then, lambda: None):
             status = end_of(fork(train(config, run, killing), output))
             kills[{-signal.SIGKILL: "killed", 0: "ended"}.get(status, "failed")] += 1
+            found = whole_steps(run)
+            if min(found, default=0) < 0 or max(found, default=0) < reached:
+                failures.append(f"{what}: the run had reached step {reached}, and has checkpoints {found}")
+            reached = max(found, default=0)
         if status or outcome(run) != whole:
             failures.append(f"{what}: status {status}, {differing(run, whole)}; {output.read_text()[-2000:]}")
     return {"points": len(points), "kills": kills, "failures": failures}
+
+
+def whole_steps(run: Path) -> list[int]:
+    """The steps of a run's checkpoints, -1 for one that is not whole."""
+    found = []
+    for path in (run / FOLDER).glob("step-*.json"):
+        alone = run.with_name(f"{run.name}-alone")  # a folder in which there is no other
+        shutil.rmtree(alone, ignore_errors=True)
+        shutil.copytree(run / FOLDER, alone / FOLDER, ignore=lambda _, names: {n for n in names if n.endswith(".json")})
+        shutil.copy(path, alone / FOLDER)
+        checkpoint = CheckpointFolder(alone, 1).newest()
+        found.append(checkpoint.facts.training.step if checkpoint else -1)
+    return found
 
 
 def differing(run: Path, whole: dict[str, Any]) -> str:
@@ -219,6 +239,7 @@ def hurt(pid: int, signals: list[signal.Signals], gap: float) -> None:
 
 
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+ENDS = (-KILL, -TERM, -INT, 128 + TERM, 128 + INT)
 SIGNALS = [[KILL]] * 12 + [[TERM], [INT], [TERM, TERM], [INT, KILL], [INT, INT], [TERM, KILL]]
 
 
@@ -268,7 +289,7 @@ def at_random(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             if status == 0:
                 break
             counted["+".join(s.name for s in signals)] += 1
-            if status not in (-KILL, -TERM, 128 + TERM, 128 + INT):
+            if status not in ENDS and not (in_python and INT in signals):
                 failures.append(f"{run}: {did}; {output.read_text()[-2000:]}")
         if status or outcome(run) != whole:
             failures.append(f"{run}: {did}; {differing(run, whole)}; {output.read_text()[-2000:]}")

@@ -15,6 +15,7 @@ from conftest import ROOT
 INPUTS = {
     "config": 4500,
     "model": 4500,
+    "checkpoint": 2000,
     "npy": 3000,
     "npz": 2000,
     "table": 2500,

@@ -390,6 +390,9 @@ def test_lines_that_are_missing_are_noticed(tiny_config: Tiny, tmp_path: Path) -
     (run / "metrics.jsonl").write_bytes(text[:-1])
     with pytest.raises(UserError, match=rf"has {len(text) - 1} bytes, and had {len(text)} when .*lines are missing"):
         resume(run, backend="numpy")
+    (run / "metrics.jsonl").write_bytes(b"\n" + text)
+    with pytest.raises(UserError, match="has other lines than when the checkpoint was written"):
+        resume(run, backend="numpy")
     (run / "metrics.jsonl").write_bytes(text + b'{"epoch": 2, "st')  # a power cut in the next line
     resume(run, backend="numpy")
     train(tiny_config(), backend="numpy", run=tmp_path / "whole")
@@ -528,13 +531,25 @@ def test_a_broken_checkpoint_is_passed_over(data: Path, every: None, caplog: pyt
     assert outcome(run) == outcome(data / "whole")
     for path in (run / "checkpoints").glob("*.json"):
         path.write_text(path.read_text().replace("0", "1"))
-    files = outcome_files(run)
-    with pytest.raises(UserError, match="has ended, and none of its checkpoints is whole"):
+    files = files_of(run)
+    (run / "summary.json").unlink()  # as of a run that was killed
+    del files["summary.json"]
+    with pytest.raises(UserError, match="none of the checkpoints of .* is whole"):
         resume(run, backend="numpy")
-    assert outcome_files(run) == files
+    assert files_of(run) == files
 
 
-def outcome_files(run: Path) -> dict[str, bytes]:
+def test_a_run_that_ended_is_not_begun_again(tiny_config: Tiny, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(tiny_config(), backend="numpy", run=run)
+    shutil.rmtree(run / "checkpoints")
+    files = files_of(run)
+    with pytest.raises(UserError, match="none of the checkpoints of .* is whole"):
+        resume(run, backend="numpy")
+    assert files_of(run) == files
+
+
+def files_of(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
