@@ -276,6 +276,8 @@ def test_a_changed_config_is_refused(tiny_config: Tiny, tmp_path: Path) -> None:
     assert "schedule.final is not set there, and 0.0 here" in str(caught.value)
     assert "--allow-change seed" in str(caught.value)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
+    with pytest.raises(UserError, match=r"config: train\.batch_size is 8 there, and 4 here; to go on"):
+        train(tiny_config(train={"batch_size": 4}), backend="numpy", run=run, resume=True)
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError, match="seed is 0 there, and 5 here"):
         train(tiny_config(seed=5), backend="numpy", run=run, resume=True)
@@ -572,8 +574,10 @@ def test_what_else_is_in_the_folder_of_checkpoints(data: Path, every: None) -> N
         "step-0000000007.safetensors",
     }
     last = last_checkpoint(run)
-    far = last.facts.model_copy(update={"training": last.facts.training.model_copy(update={"step": 10**10})})
-    CheckpointFolder(run, 2).write(far, dict(last.tensors))
+    checkpoints = CheckpointFolder(run, 2)
+    for step in (10**10 - 1, 10**10):
+        training = last.facts.training.model_copy(update={"step": step})
+        checkpoints.write(last.facts.model_copy(update={"training": training}), dict(last.tensors))
     assert last_checkpoint(run).facts.training.step == 10**10
 
 
