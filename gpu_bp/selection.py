@@ -58,7 +58,14 @@ class Selection:
 
     def state(self) -> dict[str, Any]:
         """What was made of the lines so far, fit for JSON, beside `kept`."""
-        return {"best": self._best, "step": self.step, "since": self.since, "last": self.last, "rises": self.rises}
+        return {
+            "metric": self._section.metric,
+            "best": self._best,
+            "step": self.step,
+            "since": self.since,
+            "last": self.last,
+            "rises": self.rises,
+        }
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
         """Goes on as the selection did that gave this state."""

@@ -207,6 +207,11 @@ class Trainer:
         if train.epochs:
             self.total_steps = self.steps + (train.epochs - epoch) * self._batches.per_epoch - epoch_step
 
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step; the last of an epoch may have fewer."""
+        return self._batches.size
+
     def running_loss(self) -> float:
         """The mean training loss since the last line, NaN where there was no step. Waits for the device."""
         return self.step.objective.mean_loss(reset=False)

@@ -47,6 +47,7 @@ class PlateauState(Record):
 class SelectionState(Record):
     """As `Selection.state` gives it."""
 
+    metric: str
     best: float | None
     step: int
     since: int
@@ -57,8 +58,8 @@ class SelectionState(Record):
 class TrainingState(Record):
     """The numbers of a training's state.
 
-    step, rows, seconds: taken so far. epoch, epoch_step: of the next step, both from 0. stopped: why it ended, where it
-    did so before its length. rate_factor, rewinds: after divergences.
+    step, rows, seconds: taken so far. epoch, epoch_step: of the next step, both from 0. step_rows: of a step. stopped:
+    why it ended, where it did so before its length. rate_factor, rewinds: after divergences.
     """
 
     step: int = Field(ge=0)
@@ -66,6 +67,7 @@ class TrainingState(Record):
     seconds: float = Field(ge=0, allow_inf_nan=False)
     epoch: int = Field(ge=0)
     epoch_step: int = Field(ge=0)
+    step_rows: int = Field(ge=1)
     stopped: str
     rate_factor: float = Field(gt=0, le=1)
     rewinds: int = Field(ge=0)
@@ -83,6 +85,7 @@ def take(trainer: Trainer) -> tuple[TrainingState, Tensors]:
         seconds=trainer.seconds,
         epoch=trainer.epoch,
         epoch_step=trainer.epoch_step,
+        step_rows=trainer.step_rows,
         stopped="" if trainer.paused else trainer.stopped,
         rate_factor=optimizer.rate_factor,
         rewinds=trainer.rewinds,
@@ -118,14 +121,14 @@ def restore(trainer: Trainer, state: TrainingState, tensors: Mapping[str, np.nda
         except UserError as error:
             raise UserError(f"the state is of another training: {name}: {error}") from None
     trainer.steps, trainer.rows, trainer.seconds = state.step, state.rows, state.seconds
-    trainer.go_to(state.epoch, state.epoch_step)
+    trainer.go_to(state.epoch, state.epoch_step * state.step_rows // trainer.step_rows)  # by rows, were it others
     trainer.stopped, trainer.rewinds = state.stopped, state.rewinds
     optimizer.steps, optimizer.rate_factor = state.step, state.rate_factor
     trainer.step.reset_flag()
     trainer.step.objective.restore(state.loss.model_dump())
     if state.schedule:
         optimizer.schedule.restore(state.schedule.model_dump())
-    if selection and state.selection:
+    if selection and state.selection and state.selection.metric == selection.best["metric"]:
         selection.restore_state(state.selection.model_dump())
     if average:
         average.begun = state.step > 0

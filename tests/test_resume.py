@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import logging
 import shutil
 import subprocess
@@ -149,8 +150,9 @@ def pieces(paused: Paused, before: Paused) -> set[str]:
 
 
 # What says nothing of how a training goes on that neither ended nor diverged: these two have tests of their own below;
-# the time; and what the config or the next step says again.
+# the time; what the config or the next step says again; and what counts where the config has changed.
 NOT_SEEN = {"stopped", "rate_factor", "rewinds", "seconds", "selection.rises", "loss.weighted"}
+NOT_SEEN |= {"step_rows", "selection.metric"}
 
 
 @pytest.mark.parametrize("name", LOOKED_AT)
@@ -182,6 +184,25 @@ def test_every_piece_of_state_is_in_one_of_these_trainings(shared_data: Path) ->
         seen |= {piece.partition(".layers")[0] for piece in found}
     assert {piece for piece in known if piece not in seen} == NOT_SEEN - {"seconds", "loss.weighted"}
     assert {"parameters", "average", "best", "best_average", "optimizer.mean"} <= seen
+
+
+def test_steps_of_another_size_go_on_at_the_same_row(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
+    """After 3 steps of 8 rows: no row of the epoch is left out, and none comes twice."""
+    run, changes = tmp_path / "run", {"allow_change": ["train.batch_size"]}
+    train(tiny_config(), backend=backend, run=run, interrupted=after(3))
+    result = train(tiny_config(train={"batch_size": 4}), backend=backend, run=run, resume=True, **changes)
+    assert (result.summary["rows"], result.summary["steps"]) == (100, 3 + 7 + 13)
+
+
+def test_another_metric_begins_anew(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
+    """The best loss so far is no accuracy."""
+    run, changes = tmp_path / "run", {"allow_change": ["stopping"]}
+    options = {"train": {"epochs": 6}}
+    train(tiny_config(**options, stopping={}), backend=backend, run=run, interrupted=after(15))
+    other = tiny_config(**options, stopping={"metric": "validation_accuracy"})
+    best = train(other, backend=backend, run=run, resume=True, **changes).summary["best"]
+    seen = [json.loads(line)["validation_accuracy"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert (best["metric"], best["value"]) == ("validation_accuracy", max(seen[2:]))
 
 
 def test_what_a_training_that_ended_or_rewound_has(data: Path) -> None:
