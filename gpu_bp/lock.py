@@ -1,4 +1,4 @@
-"""One run, one folder: the process that trains in a run folder holds its lock.
+"""One run, one folder: the process that writes into a run folder, or a shard folder, holds its lock.
 
 The lock is the operating system's, on a file `.lock`, and goes with its process however that ends: what a killed one
 left behind is taken over without asking. The file says who holds it; it is there only for that long.
@@ -23,7 +23,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system th
 
 
 class Lock:
-    """The lock of a run folder, held from `acquire` to `release`, or within a `with`.
+    """The lock of a folder, held from `acquire` to `release`, or within a `with`.
 
     It is of this object: another one in the same process is refused too, and a process that is forked off does not
     hold it. Where the file system has no locks, a warning says so, and nothing is held.
@@ -33,9 +33,10 @@ class Lock:
         OSError: (by `acquire`) the file cannot be written (which).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, what: str = "run folder", option: str = "--run") -> None:
         self.folder = folder
         self.path = folder / LOCK
+        self._called, self._option = f"{what} {folder}", option
         self._fd: int | None = None
 
     def __enter__(self) -> Lock:
@@ -70,7 +71,7 @@ class Lock:
                 if error.errno not in NO_LOCKS:
                     raise self._refusal(error, fd) from None
                 _log.warning(
-                    f"run folder {self.folder} cannot be locked ({os.strerror(error.errno).lower()}): nothing keeps a "
+                    f"{self._called} cannot be locked ({os.strerror(error.errno).lower()}): nothing keeps a "
                     "second run from it"
                 )
                 return None
@@ -84,8 +85,8 @@ class Lock:
             return OSError(error.errno, error.strerror, str(self.path))
         holder = " ".join(os.pread(fd, 200, 0).decode(errors="replace").split())  # empty if it has just begun
         return UserError(
-            f"run folder {self.folder} is in use by {holder or 'another process'}; "
-            "wait for it, or choose another folder with --run"
+            f"{self._called} is in use by {holder or 'another process'}; "
+            f"wait for it, or choose another folder with {self._option}"
         )
 
     def release(self) -> None:

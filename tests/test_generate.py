@@ -21,6 +21,7 @@ from gpu_bp.data.shards import FILE_FORMATS, ShardReader
 from gpu_bp.data.sources import SetReader
 from gpu_bp.data.synthetic import make_set
 from gpu_bp.generate import generate
+from gpu_bp.lock import LOCK, Lock
 from gpu_bp.whole_file import PartFile
 
 MOON = ROOT / "configs/double-moon.toml"
@@ -177,3 +178,15 @@ def test_ctrl_c(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     status, out, err = cli(MOON, "-o", "moon")
     assert (status, err) == (130, "")
     assert "interrupted; finished shards are safe, run the same command again to go on" in out
+
+
+def test_one_folder_one_process(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("shards").mkdir()
+    with Lock(Path("shards")), pytest.raises(SystemExit) as refused:
+        main(["generate", str(MOON), "-o", "shards"])
+    assert refused.value.code == 2
+    assert "shard folder shards is in use by process" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as done:
+        main(["generate", str(MOON), "-o", "shards"])
+    assert done.value.code == 0
+    assert LOCK not in contents("shards")

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from gpu_bp.data.shard_files import shard_files
+from gpu_bp.data.shard_files import ShardFiles, shard_files
 from gpu_bp.data.shard_manifest import AGAIN, MANIFEST, Manifest, Shard, ShardFile
 from gpu_bp.data.source import Reader, Rows, block_rows_for
 from gpu_bp.errors import UserError, unknown
+from gpu_bp.lock import LOCK, Lock
+from gpu_bp.whole_file import SUFFIX
 
 FILE_FORMATS = ("npy", "parquet")
 DTYPES = ("float64", "float32")
@@ -137,16 +139,25 @@ def write_shards(
     folder = Path(folder)
     manifest = _planned(reader, rows, dict(config), file_format, dtype, shard_rows)
     files = shard_files(manifest, folder)
+    if sum(shard.rows for shard in _begun(folder, manifest)) == rows:
+        return 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _failed(error, folder, 0, rows) from None
+    with Lock(folder, "shard folder", "-o"):
+        return _write(reader, folder, manifest, files, progress)
+
+
+def _write(reader: Reader, folder: Path, manifest: Manifest, files: ShardFiles, progress: Callable[[int], None]) -> int:
+    """Writes the shards that are missing, and returns their rows."""
     begun = _begun(folder, manifest)
     shards = {shard.first // manifest.shard_rows: shard for shard in begun}
     manifest = manifest.model_copy(update={"shards": begun})
     before = done = manifest.finished_rows
-    if done == rows:
-        return 0
     progress(done)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.part"):
+        for leftover in folder.glob(f"*{SUFFIX}"):
             leftover.unlink()
         manifest.write(folder)
         for index in range(manifest.n_shards):
@@ -159,10 +170,14 @@ def write_shards(
             listed.write(folder)
             manifest, done = listed, listed.finished_rows
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        safe = f"; {done} of {rows} rows are safe, run the same command again to go on" if done or full else ""
-        raise UserError(f"{error.filename or folder}: {(error.strerror or str(error)).lower()}{safe}") from None
-    return rows - before
+        raise _failed(error, folder, done, manifest.rows) from None
+    return manifest.rows - before
+
+
+def _failed(error: OSError, folder: Path, done: int, rows: int) -> UserError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    safe = f"; {done} of {rows} rows are safe, run the same command again to go on" if done or full else ""
+    return UserError(f"{error.filename or folder}: {(error.strerror or str(error)).lower()}{safe}")
 
 
 def _planned(
@@ -207,7 +222,7 @@ def _begun(folder: Path, planned: Manifest) -> tuple[Shard, ...]:
         raise UserError(f"{folder} is a file; choose another folder")
     if not (folder / MANIFEST).exists():
         # a first manifest may have been left half written
-        if folder.exists() and any(path.name != MANIFEST + ".part" for path in folder.iterdir()):
+        if folder.exists() and any(path.name not in (MANIFEST + SUFFIX, LOCK) for path in folder.iterdir()):
             raise UserError(f"{folder} has other files in it and no {MANIFEST}; choose another folder")
         return ()
     begun = Manifest.read(folder)
