@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import platform
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from gpu_bp.data import load_data
 from gpu_bp.errors import UserError
 from gpu_bp.generate import generate as generate_shards
 from gpu_bp.gradcheck import TOLERANCE, check_gradients
+from gpu_bp.interruption import Signals
 from gpu_bp.model import Model
 from gpu_bp.progress import watch
 from gpu_bp.run_folder import RunFolder, finite
@@ -157,7 +157,7 @@ def _train(quiet: bool, train: Callable[..., Result]) -> int:
     def say(sentence: str) -> None:
         console.print(sentence, markup=False, soft_wrap=True)
 
-    signals, show = _Signals(), watch(console)
+    signals, show = Signals(), watch(console)
 
     def steps_of(trainer: Trainer, steps: Lines) -> Lines:
         yield from show(trainer, steps)
@@ -257,7 +257,7 @@ def generate(
     """Write a config's synthetic rows into a folder of shards; run again, it goes on where it was stopped."""
     console = _Console(quiet=quiet, highlight=False)
     parsed = load_config(config, overrides or [])
-    with _Signals():
+    with Signals():
         generate_shards(
             parsed,
             out,
@@ -357,36 +357,6 @@ def _installed(name: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
-
-
-class _Signals:
-    """Within it, SIGINT (Ctrl-C) and SIGTERM are noted while a training steps, to be asked for after each step.
-
-    Before the first step and after the last, and the second time, they interrupt at once. `number` is the one noted,
-    0 for none.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.stepping = False
-
-    def interrupted(self) -> bool:
-        """Whether one was noted; asked after every step."""
-        self.stepping = True
-        return self.number != 0
-
-    def __enter__(self) -> _Signals:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        if self.number or not self.stepping:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        self.number = number
 
 
 def _sentences(summary: dict[str, Any]) -> list[str]:
