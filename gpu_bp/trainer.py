@@ -139,7 +139,7 @@ class Trainer:
             Diverged: a loss or a gradient was not finite (at which step, where, and for which rows); the network is
                 the one before that step.
         """
-        objective, optimizer, backend = self.step.objective, self.step.optimizer, self.model.network.backend
+        optimizer, read_every = self.step.optimizer, self.model.network.backend.read_every
         begin = time.perf_counter() - self.seconds
         if self.paused:
             self.stopped, self.paused = "", False
@@ -158,22 +158,14 @@ class Trainer:
                     self.go_to(epoch, self.epoch_step + 1)
                     last, due = self.steps == self.total_steps, self.steps % self._log_every == 0
                     reason = stop()
-                    if last or due or reason or self.steps % backend.read_every == 0:
-                        bad = self.step.diverged()
+                    if last or due or reason or self.steps % read_every == 0:
+                        bad = self.step.diverged()  # waits for the device
                         if bad is not None:
                             break
                     self.seconds = time.perf_counter() - begin
-                    line: dict[str, Any] | None = None
-                    if last or due:
-                        line = {"epoch": epoch + 1, "step": self.steps, "rows": self.rows}
-                        train_loss = objective.mean_loss()
-                        self.seconds = time.perf_counter() - begin
-                        line |= {"seconds": self.seconds, "learning_rate": rate, "train_loss": train_loss}
-                        line |= self._evaluate_line()
-                        if self.selection and self.selection.observe(line):
-                            self.stopped = self.stopped or "patience"
-                        if due:  # no line that only ends the training
-                            optimizer.schedule.observe(line)
+                    line = self._line(epoch, rate) if last or due else None
+                    if line and due:  # not one that only ends the training
+                        optimizer.schedule.observe(line)
                     if reason and not (last or self.stopped):
                         self.stopped, self.paused = reason, True
                     yield line
@@ -238,14 +230,17 @@ class Trainer:
                 "try a smaller optimizer.learning_rate or smaller network.weights"
             )
 
-    def _evaluate_line(self) -> dict[str, Any]:
-        """What a line of metrics says beside the training loss."""
-        line: dict[str, Any] = {}
+    def _line(self, epoch: int, rate: float) -> dict[str, Any]:
+        """The line of metrics after a step of that epoch, taken at that rate; what it says may stop the training."""
+        line: dict[str, Any] = {"epoch": epoch + 1, "step": self.steps, "rows": self.rows, "seconds": self.seconds}
+        line |= {"learning_rate": rate, "train_loss": self.step.objective.mean_loss()}
         for group, evaluator in self._groups().items():
             line |= {f"{group}_{name}": value for name, value in evaluator().items()}
         limit = self.config.train.stop_at_errors
         if limit is not None:
             line["train_errors"] = self._evaluators["train"]()["errors"]
             if line["train_errors"] <= limit:
-                self.stopped = self.stopped or "stop_at_errors"
+                self.stopped = "stop_at_errors"
+        if self.selection and self.selection.observe(line):
+            self.stopped = self.stopped or "patience"
         return line
