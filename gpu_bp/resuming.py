@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gpu_bp.checkpoint import CheckpointFolder
@@ -31,6 +32,11 @@ def plain(config: Config) -> dict[str, Any]:
 def checkpoints_of(folder: RunFolder, config: Config) -> CheckpointFolder:
     """Where the checkpoints of a run are."""
     return CheckpointFolder(folder.path, config.checkpoint.keep)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run was begun in that folder: it has a config, or checkpoints, which hold it too."""
+    return RunFolder(path).config_file.is_file() or CheckpointFolder(path, 1).any()
 
 
 class Resuming:
@@ -61,7 +67,10 @@ class Resuming:
         self.changed = any(not _is_among(key, FREE) for key in changes)
         self._refuse(changes, "was started with another config")
         if self._checkpoint is None and (folder.summary_file.exists() or self.checkpoints.any()):
-            raise UserError(f"none of the checkpoints of {folder.path} is whole; start again in another folder")
+            raise UserError(
+                f"{folder.path} was trained, and has no whole checkpoint in {self.checkpoints.path}; put one back, or "
+                "start again in another folder"
+            )
 
     def restore(self, trainer: Trainer, described: Mapping[str, Any]) -> None:
         """Brings the trainer to where the run is, and the folder's files with it.

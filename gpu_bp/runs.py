@@ -27,7 +27,7 @@ from gpu_bp.lock import Lock
 from gpu_bp.memory import out_of_memory
 from gpu_bp.model import Model
 from gpu_bp.own import Piece
-from gpu_bp.resuming import Resuming, checkpoints_of, plain
+from gpu_bp.resuming import Resuming, checkpoints_of, is_run, plain
 from gpu_bp.run_folder import RunFolder
 from gpu_bp.saving import Saving
 from gpu_bp.trainer import Trainer
@@ -88,7 +88,7 @@ def train(
         RunFolder.refuse_used(path)  # before the data are read; the folder is made once all else is well
     with ExitStack() as held:
         resuming = None
-        if resume and path and RunFolder(path).config_file.is_file():
+        if resume and path and is_run(path):
             held.enter_context(Lock(path))
             resuming = Resuming(RunFolder(path), config, allow_change)
         trainer = Trainer(config, backend, _dataset(config, sources, backend))
