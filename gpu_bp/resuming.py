@@ -54,10 +54,10 @@ class Resuming:
         changed: whether what is trained is another than before.
     """
 
-    def __init__(self, folder: RunFolder, config: Config, allow_change: Sequence[str] = ()) -> None:
+    def __init__(self, folder: RunFolder, config: Config, allow_change: str | Sequence[str] = ()) -> None:
         self.folder = folder
         self.checkpoints = checkpoints_of(folder, config)
-        self._allowed = (*FREE, *allow_change)
+        self._allowed = (*FREE, *([allow_change] if isinstance(allow_change, str) else allow_change))
         self._checkpoint = self.checkpoints.newest()
         before = self._checkpoint.facts.config if self._checkpoint else _read(folder)
         changes = {

@@ -55,7 +55,7 @@ def train(
     backend: str | Backend = "auto",
     run: str | Path | None = None,
     resume: bool = False,
-    allow_change: Sequence[str] = (),
+    allow_change: str | Sequence[str] = (),
     pictures: bool = True,
     watch: Callable[[Trainer, Lines], Lines] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
@@ -70,7 +70,8 @@ def train(
         run: the run folder; by default `runs/NAME-TIME`.
         resume: whether to go on from the newest whole checkpoint in that folder; where there is none, from the
             beginning.
-        allow_change: keys of the config, or tables, that may be other ones than when the run was started.
+        allow_change: keys of the config, or tables, that may be other ones than when the run was started; or a single
+            one of them.
         pictures: whether to draw them.
         watch: is given the trainer and its steps to pass on, such as through a progress bar.
         interrupted: asked after every step; yes ends the training there, with everything written, to be resumed.

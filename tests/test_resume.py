@@ -287,7 +287,9 @@ def test_a_change_that_is_allowed(tiny_config: Tiny, tmp_path: Path) -> None:
     train(tiny_config(), backend="numpy", run=run, interrupted=after(3))
     changes = ["optimizer.learning_rate=0.2", "train.epochs=3", "checkpoint.keep=1", "train.max_minutes=5"]
     with pytest.raises(UserError, match=r"learning_rate.*--allow-change optimizer.learning_rate$"):
-        resume(run, changes, backend="numpy", allow_change=["train"])
+        resume(run, changes, backend="numpy", allow_change="train")
+    with pytest.raises(UserError, match=r"train\.epochs.*--allow-change train\.epochs$"):
+        resume(run, changes, backend="numpy", allow_change="optimizer")
     resume(run, changes, backend="numpy", allow_change=["train.epochs", "optimizer"], interrupted=after(1))
     lines = resume(run, backend="numpy").folder
     assert [line["learning_rate"] for line in RunFolder(lines).metrics()] == [0.2] * 3
