@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     """The entry point: runs a command, and turns what it raises into an exit status."""
     try:
         status = app((sys.argv[1:] if arguments is None else arguments) or ["--help"], standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout:  # None where it was closed, `>&-`
+            sys.stdout.flush()
     except UserError as error:
         _fail(str(error))
     except typer.TyperException as error:

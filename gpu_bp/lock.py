@@ -19,6 +19,7 @@ from gpu_bp.errors import UserError
 _log = logging.getLogger("gpu_bp")
 
 LOCK = ".lock"  # in the run folder
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # what is written into it must not end in another file
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system that has none
 
 
@@ -61,7 +62,7 @@ class Lock:
     def _locked(self) -> int | None:
         """The file, opened and locked; None where it cannot be locked."""
         while True:
-            fd, taken = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), False
+            fd, taken = os.open(self.path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666), False
             try:
                 _take(fd)
                 taken = self._is_in_place(fd)

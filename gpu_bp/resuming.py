@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gpu_bp.checkpoint import CheckpointFolder
@@ -33,6 +34,11 @@ def checkpoints_of(folder: RunFolder, config: Config) -> CheckpointFolder:
     return CheckpointFolder(folder.path, config.checkpoint.keep)
 
 
+def is_run(path: Path) -> bool:
+    """Whether a run was begun in that folder: it has a config, or checkpoints, which hold it too."""
+    return RunFolder(path).config_file.is_file() or CheckpointFolder(path, 1).any()
+
+
 class Resuming:
     """A run that is gone on with.
 
@@ -48,10 +54,10 @@ class Resuming:
         changed: whether what is trained is another than before.
     """
 
-    def __init__(self, folder: RunFolder, config: Config, allow_change: Sequence[str] = ()) -> None:
+    def __init__(self, folder: RunFolder, config: Config, allow_change: str | Sequence[str] = ()) -> None:
         self.folder = folder
         self.checkpoints = checkpoints_of(folder, config)
-        self._allowed = (*FREE, *allow_change)
+        self._allowed = (*FREE, *([allow_change] if isinstance(allow_change, str) else allow_change))
         self._checkpoint = self.checkpoints.newest()
         before = self._checkpoint.facts.config if self._checkpoint else _read(folder)
         changes = {
@@ -61,7 +67,10 @@ class Resuming:
         self.changed = any(not _is_among(key, FREE) for key in changes)
         self._refuse(changes, "was started with another config")
         if self._checkpoint is None and (folder.summary_file.exists() or self.checkpoints.any()):
-            raise UserError(f"none of the checkpoints of {folder.path} is whole; start again in another folder")
+            raise UserError(
+                f"{folder.path} was trained, and has no whole checkpoint in {self.checkpoints.path}; put one back, or "
+                "start again in another folder"
+            )
 
     def restore(self, trainer: Trainer, described: Mapping[str, Any]) -> None:
         """Brings the trainer to where the run is, and the folder's files with it.

@@ -63,16 +63,20 @@ class RunFolder:
                 f"{self.metrics_file} has {there} bytes, and had {metrics_bytes} when the checkpoint was written: "
                 "lines are missing; put the file back, or start again in another folder"
             )
-        with self.metrics_file.open("ab+") as file:
-            file.seek(max(0, metrics_bytes - 1))
-            if metrics_bytes and file.read(1) != b"\n":
-                raise UserError(
-                    f"{self.metrics_file} has other lines than when the checkpoint was written; "
-                    "put the file back, or start again in another folder"
-                )
-            write_whole(self.config_file, dump_config(config))
+        if metrics_bytes and not self._line_ends_at(metrics_bytes):
+            raise UserError(
+                f"{self.metrics_file} has other lines than when the checkpoint was written; "
+                "put the file back, or start again in another folder"
+            )
+        write_whole(self.config_file, dump_config(config))  # first: a folder with anything else in it is not a new one
+        with self.metrics_file.open("ab") as file:
             file.truncate(metrics_bytes)
         flush_folder(self.path)
+
+    def _line_ends_at(self, metrics_bytes: int) -> bool:
+        with self.metrics_file.open("rb") as file:
+            file.seek(metrics_bytes - 1)
+            return file.read(1) == b"\n"
 
     @staticmethod
     def refuse_used(path: Path) -> None:

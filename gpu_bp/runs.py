@@ -27,7 +27,7 @@ from gpu_bp.lock import Lock
 from gpu_bp.memory import out_of_memory
 from gpu_bp.model import Model
 from gpu_bp.own import Piece
-from gpu_bp.resuming import Resuming, checkpoints_of, plain
+from gpu_bp.resuming import Resuming, checkpoints_of, is_run, plain
 from gpu_bp.run_folder import RunFolder
 from gpu_bp.saving import Saving
 from gpu_bp.trainer import Trainer
@@ -55,7 +55,7 @@ def train(
     backend: str | Backend = "auto",
     run: str | Path | None = None,
     resume: bool = False,
-    allow_change: Sequence[str] = (),
+    allow_change: str | Sequence[str] = (),
     pictures: bool = True,
     watch: Callable[[Trainer, Lines], Lines] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
@@ -70,7 +70,8 @@ def train(
         run: the run folder; by default `runs/NAME-TIME`.
         resume: whether to go on from the newest whole checkpoint in that folder; where there is none, from the
             beginning.
-        allow_change: keys of the config, or tables, that may be other ones than when the run was started.
+        allow_change: keys of the config, or tables, that may be other ones than when the run was started; or a single
+            one of them.
         pictures: whether to draw them.
         watch: is given the trainer and its steps to pass on, such as through a progress bar.
         interrupted: asked after every step; yes ends the training there, with everything written, to be resumed.
@@ -88,7 +89,7 @@ def train(
         RunFolder.refuse_used(path)  # before the data are read; the folder is made once all else is well
     with ExitStack() as held:
         resuming = None
-        if resume and path and RunFolder(path).config_file.is_file():
+        if resume and path and is_run(path):
             held.enter_context(Lock(path))
             resuming = Resuming(RunFolder(path), config, allow_change)
         trainer = Trainer(config, backend, _dataset(config, sources, backend))

@@ -70,7 +70,8 @@ class PartFile(io.RawIOBase):
         self._path = path
         self.bytes = self.crc32 = 0
         with named(path):
-            self._file = part_of(path).open("wb", buffering=0)
+            part_of(path).unlink(missing_ok=True)  # what a killed process left, or a link to what is not ours
+            self._file = part_of(path).open("xb", buffering=0)
 
     def writable(self) -> bool:
         return True

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ import pytest
 import tomli_w
 from conftest import ROOT
 from matplotlib.image import imread
+from rich.console import Console
 
-from gpu_bp import UserError, backends, load_config
+from gpu_bp import NumpyBackend, Trainer, UserError, backends, load_config
 from gpu_bp.cli import main
+from gpu_bp.progress import watch
 
 Tiny = Callable[..., dict[str, Any]]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -378,6 +380,16 @@ def test_no_traceback_when_the_reader_leaves(write: Callable[..., Path]) -> None
         assert process.stderr.read() == ""
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell that closes files")
+def test_an_output_that_is_closed(write: Callable[..., Path]) -> None:
+    write()
+    line = f"{sys.executable} -m gpu_bp train tiny.toml --backend numpy --run a"
+    done = subprocess.run(f"{line} >&-", shell=True, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run(f"{line} >&- 2>&-", shell=True, timeout=60)  # it is not empty
+    assert done.returncode == 2
+
+
 def test_progress_bar_on_a_terminal(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal there is a bar with loss, speed and time left; in a pipe there are plain lines."""
     write()
@@ -390,6 +402,23 @@ def test_progress_bar_on_a_terminal(write: Callable[..., Path], monkeypatch: pyt
     with command("train", "tiny.toml", "--run", "b") as process:
         plain, _ = process.communicate(timeout=60)
     assert "\x1b" not in plain
+
+
+def test_the_bar_of_a_run_that_is_gone_on_with(write: Callable[..., Path]) -> None:
+    """It begins where the run is, and its speed is not that of all rows in the time since it was gone on with."""
+    trainer = Trainer(load_config(write()), NumpyBackend())
+    trainer.steps, trainer.rows, trainer.seconds = 7, 1000, 10.0
+
+    def last_step() -> Iterator[dict[str, Any] | None]:
+        trainer.steps, trainer.rows, trainer.seconds = 14, 2000, 20.0
+        yield None
+
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=100, color_system=None)
+    assert list(watch(console)(trainer, last_step())) == [None]
+    assert " 7/14 " in text.getvalue()
+    assert " 0/14 " not in text.getvalue()
+    assert " 100 rows/s" in text.getvalue()
 
 
 def test_the_source_folder_alone_says_what_to_do(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from gpu_bp.data.arrays import NpyFile
 from gpu_bp.data.shards import ShardReader
 from gpu_bp.model import Model
 from gpu_bp.tensor_file import read_shapes, read_tensors
+from gpu_bp.whole_file import part_of, write_whole
 
 Tiny = Callable[..., dict[str, Any]]
 
@@ -387,3 +388,12 @@ def test_nothing_is_unpickled_or_evaluated() -> None:
             modules = {name.partition(".")[0] for name in names}
             assert not modules & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}, path
     assert found > 1
+
+
+def test_what_is_written_follows_no_link_that_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("Dear Simon")
+    part_of(tmp_path / "summary.json").symlink_to(tmp_path / "letter.txt")
+    write_whole(tmp_path / "summary.json", "{}")
+    assert (tmp_path / "letter.txt").read_text() == "Dear Simon"
+    assert (tmp_path / "summary.json").read_text() == "{}"
+    assert not (tmp_path / "summary.json").is_symlink()

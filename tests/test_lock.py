@@ -284,3 +284,12 @@ def test_what_another_put_in_its_place_stays(tmp_path: Path) -> None:
         Lock(tmp_path).acquire()
     second.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
+    """In a run folder that came from elsewhere it would have another file overwritten."""
+    (tmp_path / "letter.txt").write_text("Dear Simon")
+    (tmp_path / LOCK).symlink_to(tmp_path / "letter.txt")
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / LOCK))):
+        Lock(tmp_path).acquire()
+    assert (tmp_path / "letter.txt").read_text() == "Dear Simon"

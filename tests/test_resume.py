@@ -310,7 +310,9 @@ def test_a_change_that_is_allowed(tiny_config: Tiny, tmp_path: Path) -> None:
     train(tiny_config(), backend="numpy", run=run, interrupted=after(3))
     changes = ["optimizer.learning_rate=0.2", "train.epochs=3", "checkpoint.keep=1", "train.max_minutes=5"]
     with pytest.raises(UserError, match=r"learning_rate.*--allow-change optimizer.learning_rate$"):
-        resume(run, changes, backend="numpy", allow_change=["train"])
+        resume(run, changes, backend="numpy", allow_change="train")
+    with pytest.raises(UserError, match=r"train\.epochs.*--allow-change train\.epochs$"):
+        resume(run, changes, backend="numpy", allow_change="optimizer")
     resume(run, changes, backend="numpy", allow_change=["train.epochs", "optimizer"], interrupted=after(1))
     lines = resume(run, backend="numpy").folder
     assert [line["learning_rate"] for line in RunFolder(lines).metrics()] == [0.2] * 3
@@ -404,6 +406,35 @@ def test_folders_that_are_refused(tiny_config: Tiny, tmp_path: Path) -> None:
     (other / "config.toml").write_text("no config")
     with pytest.raises(UserError, match=r"config\.toml cannot be read"):
         train(tiny_config(), backend="numpy", run=other, resume=True)
+
+
+def test_a_run_that_was_killed_before_its_first_file(
+    tiny_config: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder holds nothing that would be taken for somebody's: the same command begins the run."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gpu_bp.run_folder.write_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(), backend="numpy", run=tmp_path / "run", resume=True)
+    train(tiny_config(), backend="numpy", run=tmp_path / "run", resume=True)
+    train(tiny_config(), backend="numpy", run=tmp_path / "whole")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_a_run_whose_config_is_gone_is_gone_on_with(tiny_config: Tiny, tmp_path: Path) -> None:
+    """What it was started with is in its checkpoints too, and is compared."""
+    run = tmp_path / "run"
+    train(tiny_config(), backend="numpy", run=run, interrupted=after(8))
+    (run / "config.toml").unlink()
+    with pytest.raises(UserError, match="run was started with another config: seed is "):
+        train(tiny_config() | {"seed": 77}, backend="numpy", run=run, resume=True)
+    train(tiny_config(), backend="numpy", run=run, resume=True)
+    train(tiny_config(), backend="numpy", run=tmp_path / "whole")
+    assert outcome(run) == outcome(tmp_path / "whole")
 
 
 def test_lines_that_are_missing_are_noticed(tiny_config: Tiny, tmp_path: Path) -> None:
@@ -557,7 +588,7 @@ def test_a_broken_checkpoint_is_passed_over(data: Path, every: None, caplog: pyt
     files = files_of(run)
     (run / "summary.json").unlink()  # as of a run that was killed
     del files["summary.json"]
-    with pytest.raises(UserError, match="none of the checkpoints of .* is whole"):
+    with pytest.raises(UserError, match="was trained, and has no whole checkpoint"):
         resume(run, backend="numpy")
     assert files_of(run) == files
 
@@ -567,7 +598,7 @@ def test_a_run_that_ended_is_not_begun_again(tiny_config: Tiny, tmp_path: Path) 
     train(tiny_config(), backend="numpy", run=run)
     shutil.rmtree(run / "checkpoints")
     files = files_of(run)
-    with pytest.raises(UserError, match="none of the checkpoints of .* is whole"):
+    with pytest.raises(UserError, match="was trained, and has no whole checkpoint"):
         resume(run, backend="numpy")
     assert files_of(run) == files
 
