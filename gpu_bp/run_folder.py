@@ -63,14 +63,16 @@ class RunFolder:
                 f"{self.metrics_file} has {there} bytes, and had {metrics_bytes} when the checkpoint was written: "
                 "lines are missing; put the file back, or start again in another folder"
             )
-        with self.metrics_file.open("ab+") as file:
-            file.seek(max(0, metrics_bytes - 1))
-            if metrics_bytes and file.read(1) != b"\n":
-                raise UserError(
-                    f"{self.metrics_file} has other lines than when the checkpoint was written; "
-                    "put the file back, or start again in another folder"
-                )
-            write_whole(self.config_file, dump_config(config))
+        if metrics_bytes:
+            with self.metrics_file.open("rb") as file:
+                file.seek(metrics_bytes - 1)
+                if file.read(1) != b"\n":
+                    raise UserError(
+                        f"{self.metrics_file} has other lines than when the checkpoint was written; "
+                        "put the file back, or start again in another folder"
+                    )
+        write_whole(self.config_file, dump_config(config))  # the first of a run's files: by it the folder is known
+        with self.metrics_file.open("ab") as file:
             file.truncate(metrics_bytes)
         flush_folder(self.path)
 
