@@ -194,9 +194,7 @@ def _steps(
     trainer: Trainer, folder: RunFolder, checkpoints: CheckpointFolder, saving: Saving, stop: Callable[[], str]
 ) -> Generator[dict[str, Any] | None, None, None]:
     """The trainer's steps, with metrics and checkpoints written; where it diverges, it may go back to the last one."""
-    train = trainer.config.train
-    rewinds = train.on_divergence == "rewind"
-    if rewinds and not trainer.steps:
+    if trainer.config.train.on_divergence == "rewind" and not trainer.steps:
         saving.save()
     while True:
         steps = trainer.run(stop)
@@ -210,20 +208,33 @@ def _steps(
                 saving.save(wait=True)
             return
         except Diverged as error:
-            saving.wait()
-            good = checkpoints.newest() if rewinds and trainer.rewinds < train.max_rewinds else None
-            if good is None:
-                raise
-            went_back = trainer.rewinds + 1
-            restore(trainer, good.facts.training, good.tensors)
-            folder.begin(trainer.config, good.facts.metrics_bytes)
-            trainer.rewinds, trainer.step.optimizer.rate_factor = went_back, 0.5**went_back
-            log.warning(
-                f"{error}; going back to step {trainer.steps} at half the learning rate, {went_back} of "
-                f"{train.max_rewinds} times at most"
-            )
+            _go_back(trainer, folder, checkpoints, saving, error)
         finally:
             steps.close()
+
+
+def _go_back(
+    trainer: Trainer, folder: RunFolder, checkpoints: CheckpointFolder, saving: Saving, error: Diverged
+) -> None:
+    """Brings a training that diverged to its last checkpoint; raises the error where it may not go back."""
+    train = trainer.config.train
+    try:
+        saving.wait()
+    except Diverged as earlier:  # parameters that were to be saved, some steps before the loss showed it
+        error = earlier
+    may = train.on_divergence == "rewind" and trainer.rewinds < train.max_rewinds
+    good = checkpoints.newest() if may else None
+    if good is None:
+        raise error
+    went_back = trainer.rewinds + 1
+    restore(trainer, good.facts.training, good.tensors)
+    folder.begin(trainer.config, good.facts.metrics_bytes)
+    saving.begin()
+    trainer.rewinds, trainer.step.optimizer.rate_factor = went_back, 0.5**went_back
+    log.warning(
+        f"{error}; going back to step {trainer.steps} at half the learning rate, {went_back} of "
+        f"{train.max_rewinds} times at most"
+    )
 
 
 def _save(trainer: Trainer, folder: RunFolder) -> int:

@@ -38,8 +38,12 @@ class Saving:
         self._described = described
         self._thread = ThreadPoolExecutor(1, "gpu_bp-checkpoint")
         self._writing: Future[None] | None = None
-        self._last = trainer.steps, trainer.epoch, time.monotonic()
         self._always = trainer.config.train.on_divergence == "rewind"  # where it goes back to is no matter of speed
+        self.begin()
+
+    def begin(self) -> None:
+        """From the training's step on it is counted when the next one is due."""
+        self._last = self._trainer.steps, self._trainer.epoch, time.monotonic()
 
     def after_step(self) -> None:
         """To be called after every step and the metrics it gave: writes a checkpoint where one is due.
@@ -61,7 +65,7 @@ class Saving:
             return  # it is about to be told
         state, tensors = take(self._trainer)
         facts = Facts(training=state, metrics_bytes=self._folder.metrics_bytes, **self._described)
-        self._last = self._trainer.steps, self._trainer.epoch, time.monotonic()
+        self.begin()
         self._writing = self._thread.submit(self._write, facts, tensors)
         if wait:
             self._finish()

@@ -249,6 +249,20 @@ def test_without_a_checkpoint_it_starts_from_the_beginning(
     assert outcome(killed) == outcome(tmp_path / "a")
 
 
+def test_killed_while_its_first_files_are_written(
+    tiny_config: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("gpu_bp.run_folder.write_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(), backend="numpy", run=run, resume=True)
+    assert train(tiny_config(), backend="numpy", run=run, resume=True).summary["stopped"] == ""
+
+
 def test_max_minutes_pauses(tiny_config: Tiny, tmp_path: Path) -> None:
     train(tiny_config(), backend="numpy", run=tmp_path / "whole")
     config = tiny_config(train={"max_minutes": 1e-9})
@@ -494,6 +508,27 @@ def test_a_training_that_went_back_and_was_killed(tmp_path: Path, steps: int) ->
         train(REWINDS, backend="numpy", run=tmp_path / "run", watch=killed)
     resume(tmp_path / "run", backend="numpy")
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_parameters_that_are_not_finite_when_they_are_saved(tiny_config: Tiny, tmp_path: Path) -> None:
+    """The thread notes it while the next step goes wrong: the training goes back, and the checkpoint is made good."""
+    trainers: list[Trainer] = []
+    asked = itertools.count(1)
+
+    def watch(trainer: Trainer, lines: Any) -> Any:
+        trainers.append(trainer)
+        return lines
+
+    def overflow() -> bool:
+        if next(asked) == 4:
+            trainers[0].model.network.parameters[0] = np.inf
+        return False
+
+    config = tiny_config(train={"epochs": 1, "on_divergence": "rewind"}, checkpoint={"every_steps": 2, "keep": 9})
+    result = train(config, backend="numpy", run=tmp_path / "run", watch=watch, interrupted=overflow)
+    steps = [int(path.stem.removeprefix("step-")) for path in (tmp_path / "run/checkpoints").glob("*.json")]
+    assert (result.summary["steps"], trainers[0].rewinds) == (7, 1)
+    assert sorted(steps) == [0, 2, 4, 6, 7]
 
 
 # checkpoints --------------------------------------------------------------------------------------------------
