@@ -15,12 +15,15 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, ValidationError
 
+from gpu_bp.config_types import Rows as Number
 from gpu_bp.config_types import first_fault
+from gpu_bp.data.identity import refuse_malformed
 from gpu_bp.errors import UserError
+from gpu_bp.plain_file import refuse_special
 from gpu_bp.tensor_file import read_tensors, write_tensors
 from gpu_bp.training_state import Record, Tensors, TrainingState
 from gpu_bp.whole_file import flush_folder, write_whole
@@ -44,10 +47,10 @@ class Facts(Record):
 
     format: Literal[1] = 1
     training: TrainingState
-    metrics_bytes: int = Field(ge=0)
+    metrics_bytes: Number
     config: dict[str, Any]
     environment: dict[str, Any]
-    data: dict[str, Any]
+    data: Annotated[dict[str, dict[str, int | str]], AfterValidator(refuse_malformed)]
 
 
 class Index(Record):
@@ -140,6 +143,7 @@ class CheckpointFolder:
 
 def _read_index(path: Path) -> Index:
     """What a checkpoint's JSON file says, which is as it was written."""
+    refuse_special(path)
     text = path.read_bytes()
     try:
         body = {key: value for key, value in json.loads(text).items() if key != "checksum"}

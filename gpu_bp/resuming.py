@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from gpu_bp.config import Config
 from gpu_bp.config_file import dump_config
 from gpu_bp.data.identity import changes as data_changes
 from gpu_bp.environment import differences
-from gpu_bp.errors import UserError
+from gpu_bp.errors import UserError, short
 from gpu_bp.run_folder import RunFolder
 from gpu_bp.tables import differing
 from gpu_bp.trainer import Trainer
@@ -24,8 +25,8 @@ log = logging.getLogger("gpu_bp")
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """The config as its file holds it, in nested tables."""
-    return tomllib.loads(dump_config(config))
+    """The config in nested tables, as JSON holds them."""
+    return _as_json(tomllib.loads(dump_config(config)))
 
 
 def checkpoints_of(folder: RunFolder, config: Config) -> CheckpointFolder:
@@ -107,12 +108,17 @@ def _is_among(key: str, keys: Sequence[str]) -> bool:
 
 
 def _said(value: Any) -> str:
-    text = "not set" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return "not set" if value is None else short(value)
+
+
+def _as_json(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """What TOML has and JSON has not becomes text: dates, and numbers that are not finite."""
+    plain: dict[str, Any] = json.loads(json.dumps(tables, default=str), parse_constant=str)
+    return plain
 
 
 def _read(folder: RunFolder) -> dict[str, Any]:
     try:
-        return tomllib.loads(folder.config_file.read_text(encoding="utf-8"))
+        return _as_json(tomllib.loads(folder.config_file.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder.config_file} cannot be read: {' '.join(str(error).split())}") from None

@@ -176,7 +176,7 @@ def _run(trainer: Trainer, folder: RunFolder, steps: Lines, pictures: bool) -> R
         "steps": trainer.steps,
         "rows": trainer.rows,
         "seconds": trainer.seconds,
-        "rows_per_second": trainer.rows / trainer.seconds,
+        "rows_per_second": trainer.rows / trainer.seconds if trainer.seconds else 0.0,
         "stopped": trainer.stopped,
         **({"best": trainer.selection.best} if trainer.selection else {}),
         **evaluated,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from gpu_bp.config_types import Rows as Number
 from gpu_bp.errors import UserError
 from gpu_bp.spec import Array
 
@@ -32,7 +33,7 @@ class LossState(Record):
 
     total: float = Field(allow_inf_nan=False)
     weight: float = Field(allow_inf_nan=False)
-    rows: int
+    rows: Number
     weighted: bool
 
 
@@ -41,15 +42,15 @@ class PlateauState(Record):
 
     rate: float
     best: float | None
-    waited: int
+    waited: Number
 
 
 class SelectionState(Record):
     """As `Selection.state` gives it."""
 
     best: float | None
-    step: int
-    since: int
+    step: Number
+    since: Number
     last: float | None
     rises: bool
 
@@ -61,14 +62,14 @@ class TrainingState(Record):
     did so before its length. rate_factor, rewinds: after divergences.
     """
 
-    step: int = Field(ge=0)
-    rows: int = Field(ge=0)
+    step: Number
+    rows: Number
     seconds: float = Field(ge=0, allow_inf_nan=False)
-    epoch: int = Field(ge=0)
-    epoch_step: int = Field(ge=0)
+    epoch: Number
+    epoch_step: Number
     stopped: str
     rate_factor: float = Field(gt=0, le=1)
-    rewinds: int = Field(ge=0)
+    rewinds: Number
     loss: LossState
     schedule: PlateauState | None
     selection: SelectionState | None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import itertools
+import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +27,7 @@ from gpu_bp import UserError, parse_config, registry, select
 from gpu_bp.backends import Backend
 from gpu_bp.checkpoint import CheckpointFolder
 from gpu_bp.lock import Lock
+from gpu_bp.resuming import plain
 from gpu_bp.run_folder import RunFolder
 from gpu_bp.saving import Saving
 from gpu_bp.trainer import Trainer
@@ -651,6 +655,29 @@ def test_torn_writes(data: Path, every: None, caplog: pytest.LogCaptureFixture, 
         assert "is broken: " in caplog.messages[-1]
     path.write_bytes(whole)
     assert last_checkpoint(run).facts.training.step == 7
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_a_checkpoint_that_is_a_pipe(tiny_config: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """To read it would take for ever."""
+    train(tiny_config(), backend="numpy", run=tmp_path / "run")
+    pipe = tmp_path / "run/checkpoints/step-0000000099.json"
+    os.mkfifo(pipe)
+    resume(tmp_path / "run", backend="numpy")
+    assert f"{pipe}: not a regular file; passing it over" in caplog.text
+
+
+def test_arguments_that_json_cannot_write() -> None:
+    """Those of a source of one's own may be any that TOML has."""
+    arguments = {"limit": np.inf, "missing": np.nan, "days": [datetime.date(2024, 1, 1)]}
+    config = {
+        "data": {"kind": "own", "sources": {"train": {"kind": "module:Waves", **arguments}}},
+        "optimizer": {"kind": "sgd", "learning_rate": 0.1},
+        "train": {"epochs": 1},
+    }
+    tables = plain(parse_config(config))
+    assert json.loads(json.dumps(tables, allow_nan=False)) == tables
+    assert tables["data"]["sources"]["train"]["limit"] == "Infinity"
 
 
 def test_numbers_that_json_cannot_write(data: Path) -> None:
