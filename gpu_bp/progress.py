@@ -64,14 +64,14 @@ def _bar(console: Console) -> Any:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console, transient=False) as progress:
-            bar = progress.add_task("", total=trainer.total_steps, loss="-", speed="-")
-            begin = looked = time.monotonic()
+            bar = progress.add_task("", total=trainer.total_steps, completed=trainer.steps, loss="-", speed="-")
+            looked = time.monotonic()
             for line in steps:
                 now = time.monotonic()
                 if now - looked > INTERVAL or trainer.steps == trainer.total_steps:
                     looked = now
                     loss = line["train_loss"] if line else trainer.running_loss()
-                    speed = trainer.rows / (now - begin)
+                    speed = trainer.rows / trainer.seconds  # both go on where a run is resumed, or goes back
                     progress.update(bar, completed=trainer.steps, loss=f"{loss:.4g}", speed=f"{speed:,.0f}")
                 yield line
             progress.update(bar, completed=trainer.steps)

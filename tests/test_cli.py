@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,9 +21,13 @@ import pytest
 import tomli_w
 from conftest import ROOT
 from matplotlib.image import imread
+from rich.console import Console
 
-from gpu_bp import UserError, backends, load_config
+import gpu_bp
+from gpu_bp import Trainer, UserError, backends, load_config
 from gpu_bp.cli import main
+from gpu_bp.progress import watch
+from gpu_bp.runs import Lines
 
 Tiny = Callable[..., dict[str, Any]]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -390,6 +396,22 @@ def test_progress_bar_on_a_terminal(write: Callable[..., Path], monkeypatch: pyt
     with command("train", "tiny.toml", "--run", "b") as process:
         plain, _ = process.communicate(timeout=60)
     assert "\x1b" not in plain
+
+
+def test_the_bar_of_a_run_that_goes_on(tiny_config: Tiny, tmp_path: Path) -> None:
+    """What was done before counts as done, and its rows do not count as those of this moment."""
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=100)
+    asked = itertools.count(1)
+    gpu_bp.train(tiny_config(), run=tmp_path / "run", pictures=False, interrupted=lambda: next(asked) == 9)
+
+    def speed_of(trainer: Trainer, steps: Lines) -> Lines:
+        trainer.seconds += 1000
+        yield from watch(console)(trainer, steps)
+
+    gpu_bp.resume(tmp_path / "run", pictures=False, watch=speed_of)
+    assert re.findall(r"(\d+)/14", text.getvalue())[0] == "9"
+    assert re.search(r"[^\d]0 rows/s", text.getvalue())
 
 
 def test_the_source_folder_alone_says_what_to_do(tmp_path: Path) -> None:
