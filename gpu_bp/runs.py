@@ -204,8 +204,7 @@ def _steps(
                     folder.add_metrics(line)
                 saving.after_step()
                 yield line
-            if not trainer.paused:
-                saving.save(wait=True)
+            saving.finish()
             return
         except Diverged as error:
             _go_back(trainer, folder, checkpoints, saving, error)

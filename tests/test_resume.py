@@ -541,7 +541,13 @@ def test_parameters_that_are_not_finite_when_they_are_saved(tiny_config: Tiny, t
 @pytest.fixture
 def every(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every checkpoint is on the disk before the next step, so that none falls due while another is written."""
-    monkeypatch.setattr(Saving, "save", functools.partialmethod(Saving.save, wait=True))
+    save = Saving.save
+
+    def save_and_wait(self: Saving) -> None:
+        save(self)
+        self.wait()
+
+    monkeypatch.setattr(Saving, "save", save_and_wait)
 
 
 def test_the_newest_are_kept_and_the_best_besides(data: Path, every: None) -> None:
@@ -614,6 +620,23 @@ def test_what_else_is_in_the_folder_of_checkpoints(data: Path, every: None) -> N
     far = last.facts.model_copy(update={"training": last.facts.training.model_copy(update={"step": 10**10})})
     CheckpointFolder(run, 2).write(far, dict(last.tensors))
     assert last_checkpoint(run).facts.training.step == 10**10
+
+
+def test_each_step_has_one_checkpoint(tiny_config: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is due at the last step, or the run had ended, there is none to be written."""
+    written: list[int] = []
+    write = CheckpointFolder.write
+
+    def noted(self: CheckpointFolder, facts: Any, tensors: Tensors) -> None:
+        written.append(facts.training.step)
+        write(self, facts, tensors)
+
+    monkeypatch.setattr(CheckpointFolder, "write", noted)
+    config = tiny_config(checkpoint={"every_steps": 7}, train={"max_minutes": 60})
+    train(config, backend="numpy", run=tmp_path / "run", interrupted=after(9))
+    resume(tmp_path / "run", backend="numpy")
+    resume(tmp_path / "run", backend="numpy")
+    assert written == [7, 9, 14]
 
 
 def test_a_checkpoint_of_the_same_step_is_another_file(data: Path) -> None:
