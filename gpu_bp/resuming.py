@@ -17,7 +17,7 @@ from gpu_bp.errors import UserError, short
 from gpu_bp.run_folder import RunFolder
 from gpu_bp.tables import differing
 from gpu_bp.trainer import Trainer
-from gpu_bp.training_state import restore
+from gpu_bp.training_state import TrainingState, restore
 
 # Tables and keys that say nothing of what is trained.
 FREE = ("checkpoint", "train.max_minutes")
@@ -59,6 +59,7 @@ class Resuming:
             key: f"{key} is {_said(was)} there, and {_said(now)} here"
             for key, (was, now) in differing(before, plain(config)).items()
         }
+        self._changes = changes.keys()
         self.changed = any(not _is_among(key, FREE) for key in changes)
         self._refuse(changes, "was started with another config")
         if self._checkpoint is None and (folder.summary_file.exists() or self.checkpoints.any()):
@@ -82,7 +83,7 @@ class Resuming:
         changed = {key: f"{key}: {words}" for key, words in data_changes(facts.data, described["data"]).items()}
         self._refuse(changed, "was trained on other data")
         self.changed = self.changed or bool(changed)
-        restore(trainer, facts.training, checkpoint.tensors)
+        restore(trainer, self._still_true(facts.training), checkpoint.tensors)
         if self.changed:
             trainer.stopped = ""  # what ended it may do so no more
         self.folder.begin(config, facts.metrics_bytes)
@@ -90,6 +91,17 @@ class Resuming:
         log.info(f"{path} {'had ended' if ended else 'goes on'} at step {trainer.steps} of {trainer.total_steps}")
         if others := differences(facts.environment, described["environment"]):
             log.warning(f"other than when it was stopped: {'; '.join(others)}: its last bits may be others too")
+
+    def _still_true(self, state: TrainingState) -> TrainingState:
+        """The state without what was made of a metric or of a learning rate that is another one now."""
+        schedule, selection = state.schedule, state.selection
+        if schedule and "schedule.metric" in self._changes:
+            schedule = schedule.model_copy(update={"best": None, "waited": 0})
+        if "optimizer.learning_rate" in self._changes:
+            schedule = None
+        if selection and "stopping.metric" in self._changes:
+            selection = selection.model_copy(update={"best": None, "step": 0, "since": 0, "last": None})
+        return state.model_copy(update={"schedule": schedule, "selection": selection})
 
     def _refuse(self, changed: Mapping[str, str], what: str) -> None:
         """Raises UserError where something has changed that may not."""

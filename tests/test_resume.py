@@ -312,6 +312,23 @@ def test_a_change_that_is_allowed(tiny_config: Tiny, tmp_path: Path) -> None:
     assert tomllib.loads((run / "config.toml").read_text())["train"]["max_minutes"] == 5
 
 
+def test_what_was_made_of_another_metric_or_rate_is_forgotten(tiny_config: Tiny, tmp_path: Path) -> None:
+    """The best of one metric is none of another, and a plateau's rate is not the one that is asked for now."""
+    plateau = {"kind": "plateau", "patience": 1, "factor": 0.5, "threshold": 0.99}
+    config = tiny_config(train={"epochs": 6}, schedule=plateau, stopping={"metric": "validation_loss"})
+    train(config, backend="numpy", run=tmp_path / "run")
+    schedule = last_checkpoint(tmp_path / "run").facts.training.schedule
+    assert schedule is not None
+    assert schedule.rate < 0.1
+    changes = ["train.epochs=7", "optimizer.learning_rate=0.03", "stopping.metric=validation_errors"]
+    keys = [change.partition("=")[0] for change in changes]
+    best = resume(tmp_path / "run", changes, backend="numpy", allow_change=keys).summary["best"]
+    line = RunFolder(tmp_path / "run").metrics()[-1]
+    assert line["learning_rate"] == 0.03
+    assert line["validation_errors"] > 1  # no loss is as large
+    assert best == {"metric": "validation_errors", "value": line["validation_errors"], "step": line["step"]}
+
+
 def test_a_changed_config_stays_when_it_is_killed_at_once(tiny_config: Tiny, tmp_path: Path) -> None:
     """Before its first checkpoint is due: the change was allowed once, and need not be again."""
     run = tmp_path / "run"
