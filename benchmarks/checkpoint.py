@@ -80,9 +80,9 @@ class Timed(Saving):
         self.waited: list[float] = []
         self.computed: list[float] = []
 
-    def save(self, *, wait: bool = False) -> None:
+    def save(self) -> None:
         begin = time.perf_counter()
-        super().save(wait=wait)
+        super().save()
         self.waited.append(time.perf_counter() - begin)
 
     def _write(self, *arguments: Any) -> None:

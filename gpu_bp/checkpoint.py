@@ -15,17 +15,27 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, ValidationError
 
+from gpu_bp.config_types import Rows as Number
 from gpu_bp.config_types import first_fault
+from gpu_bp.data.identity import refuse_malformed
 from gpu_bp.errors import UserError
+from gpu_bp.plain_file import refuse_special
 from gpu_bp.tensor_file import read_tensors, write_tensors
-from gpu_bp.training_state import Record, Tensors, TrainingState
+from gpu_bp.training_state import Record, SelectionState, Tensors, TrainingState
 from gpu_bp.whole_file import flush_folder, write_whole
 
 FOLDER = "checkpoints"
+
+
+class MetricsMark(Record):
+    """How far a file of metrics is: its length, and the CRC-32 of its bytes."""
+
+    bytes: Number
+    crc32: Number
 
 
 class TensorFile(Record):
@@ -38,16 +48,16 @@ class TensorFile(Record):
 class Facts(Record):
     """The numbers of a checkpoint.
 
-    training: the state itself. metrics_bytes: how long the file of metrics was. config, environment and data: of the
+    training: the state itself. metrics: how far the file of metrics was. config, environment and data: of the
     training that wrote it, to be compared with those of the one that goes on.
     """
 
     format: Literal[1] = 1
     training: TrainingState
-    metrics_bytes: int = Field(ge=0)
+    metrics: MetricsMark
     config: dict[str, Any]
     environment: dict[str, Any]
-    data: dict[str, Any]
+    data: Annotated[dict[str, dict[str, int | str]], AfterValidator(refuse_malformed)]
 
 
 class Index(Record):
@@ -71,11 +81,12 @@ class CheckpointFolder:
     def __init__(self, run: Path, keep: int) -> None:
         self.path = run / FOLDER
         self._keep = keep
-        self._held: dict[int, tuple[str, float | None]] = {}  # of each step: the tensors' file, and how good it is
+        self._held: dict[int, TensorFile] = {}  # of each step
+        self._selections: dict[int, SelectionState | None] = {}  # likewise
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, None where there is none; those that are broken are told of."""
-        found, self._held = None, {}
+        found, self._held, self._selections = None, {}, {}
         for path in sorted(self.path.glob("step-*.json"), key=lambda path: (len(path.name), path.name), reverse=True):
             try:
                 index = _read_index(path)
@@ -111,23 +122,28 @@ class CheckpointFolder:
         self._remove_others()
 
     def _hold(self, index: Index) -> None:
-        selection, score = index.facts.training.selection, None
-        if selection and selection.last is not None:
-            score = selection.last if selection.rises else -selection.last
-        self._held[index.facts.training.step] = index.tensors.name, score
+        step = index.facts.training.step
+        self._held[step], self._selections[step] = index.tensors, index.facts.training.selection
 
     def _remove_others(self) -> None:
         steps = sorted(self._held, reverse=True)
-        kept = steps[: self._keep]
-        scores = {step: score for step in sorted(steps) if (score := self._held[step][1]) is not None}
-        if scores:
-            kept.append(max(scores, key=scores.__getitem__))  # of equal ones the first
+        kept = {*steps[: self._keep], *self._best(steps)}
         self._held = {step: self._held[step] for step in kept}
-        names = {name for step, (tensors, _) in self._held.items() for name in (f"step-{step:010d}.json", tensors)}
-        others = [path for path in self.path.glob("step-*") if path.name not in names]
+        names = {name for step, file in self._held.items() for name in (f"step-{step:010d}.json", file.name)}
+        others = [path for path in self.path.glob("step-*") if path.name not in names and not path.is_dir()]
         for path in sorted(others, key=lambda path: path.suffix != ".json"):  # without its numbers it is none
             path.unlink(missing_ok=True)
         flush_folder(self.path)
+
+    def _best(self, steps: list[int]) -> list[int]:
+        """Of these steps, the newest first, the one with the best line of metrics, by the newest one's metric."""
+        newest = self._selections[steps[0]]
+        scores = {
+            step: its.last if its.rises else -its.last
+            for step in reversed(steps)
+            if (its := self._selections[step]) and newest and its.metric == newest.metric and its.last is not None
+        }
+        return [max(scores, key=scores.__getitem__)] if scores else []  # of equal ones the first
 
     def _read_tensors(self, index: Index) -> Tensors:
         path = self.path / Path(index.tensors.name).name
@@ -140,6 +156,7 @@ class CheckpointFolder:
 
 def _read_index(path: Path) -> Index:
     """What a checkpoint's JSON file says, which is as it was written."""
+    refuse_special(path)
     text = path.read_bytes()
     try:
         body = {key: value for key, value in json.loads(text).items() if key != "checksum"}

@@ -92,11 +92,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    line = " ".join(message.split())  # which may quote a file, and so what would command a terminal
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    line = _harmless(" ".join(message.split()))
     line = line if len(line) <= 4000 else f"{line[:3997]}..."
     print("error: " + line, file=sys.stderr)
     sys.exit(2)
+
+
+def _harmless(line: str) -> str:
+    """What is said may quote a file, and so what would command a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _drop_output() -> None:
@@ -156,7 +160,7 @@ def _train(quiet: bool, train: Callable[..., Result]) -> int:
     console = _Console(quiet=quiet, highlight=False)
 
     def say(sentence: str) -> None:
-        console.print(sentence, markup=False, soft_wrap=True)
+        console.print(_harmless(sentence), markup=False, soft_wrap=True)
 
     signals, show = Signals(), watch(console)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,11 @@ from gpu_bp.config import Config
 from gpu_bp.config_file import dump_config
 from gpu_bp.data.identity import changes as data_changes
 from gpu_bp.environment import differences
-from gpu_bp.errors import UserError
+from gpu_bp.errors import UserError, short
 from gpu_bp.run_folder import RunFolder
 from gpu_bp.tables import differing
 from gpu_bp.trainer import Trainer
-from gpu_bp.training_state import restore
+from gpu_bp.training_state import TrainingState, restore
 
 # Tables and keys that say nothing of what is trained.
 FREE = ("checkpoint", "train.max_minutes")
@@ -25,8 +26,8 @@ log = logging.getLogger("gpu_bp")
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """The config as its file holds it, in nested tables."""
-    return tomllib.loads(dump_config(config))
+    """The config in nested tables, as JSON holds them."""
+    return _as_json(tomllib.loads(dump_config(config)))
 
 
 def checkpoints_of(folder: RunFolder, config: Config) -> CheckpointFolder:
@@ -64,6 +65,7 @@ class Resuming:
             key: f"{key} is {_said(was)} there, and {_said(now)} here"
             for key, (was, now) in differing(before, plain(config)).items()
         }
+        self._changes = changes.keys()
         self.changed = any(not _is_among(key, FREE) for key in changes)
         self._refuse(changes, "was started with another config")
         if self._checkpoint is None and (folder.summary_file.exists() or self.checkpoints.any()):
@@ -90,14 +92,29 @@ class Resuming:
         changed = {key: f"{key}: {words}" for key, words in data_changes(facts.data, described["data"]).items()}
         self._refuse(changed, "was trained on other data")
         self.changed = self.changed or bool(changed)
-        restore(trainer, facts.training, checkpoint.tensors)
+        try:
+            restore(trainer, self._still_true(facts.training), checkpoint.tensors)
+        except UserError as error:
+            raise UserError(
+                f"{path} cannot be gone on with as it is now configured: {error}; start another run, whose "
+                f'network.weights = {{ kind = "file", path = "{self.folder.model_file}" }} if the network is the same'
+            ) from None
         if self.changed:
             trainer.stopped = ""  # what ended it may do so no more
-        self.folder.begin(config, facts.metrics_bytes)
+        self.folder.begin(config, facts.metrics.bytes, facts.metrics.crc32)
         ended = trainer.steps >= trainer.total_steps or trainer.stopped
         log.info(f"{path} {'had ended' if ended else 'goes on'} at step {trainer.steps} of {trainer.total_steps}")
         if others := differences(facts.environment, described["environment"]):
             log.warning(f"other than when it was stopped: {'; '.join(others)}: its last bits may be others too")
+
+    def _still_true(self, state: TrainingState) -> TrainingState:
+        """The state without what a plateau made of a metric or of a learning rate that is another one now."""
+        schedule = state.schedule
+        if schedule and "schedule.metric" in self._changes:
+            schedule = schedule.model_copy(update={"best": None, "waited": 0})
+        if "optimizer.learning_rate" in self._changes:
+            schedule = None
+        return state.model_copy(update={"schedule": schedule})
 
     def _refuse(self, changed: Mapping[str, str], what: str) -> None:
         """Raises UserError where something has changed that may not."""
@@ -116,12 +133,17 @@ def _is_among(key: str, keys: Sequence[str]) -> bool:
 
 
 def _said(value: Any) -> str:
-    text = "not set" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return "not set" if value is None else short(value)
+
+
+def _as_json(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """What TOML has and JSON has not becomes text: dates, and numbers that are not finite."""
+    plain: dict[str, Any] = json.loads(json.dumps(tables, default=str), parse_constant=str)
+    return plain
 
 
 def _read(folder: RunFolder) -> dict[str, Any]:
     try:
-        return tomllib.loads(folder.config_file.read_text(encoding="utf-8"))
+        return _as_json(tomllib.loads(folder.config_file.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder.config_file} cannot be read: {' '.join(str(error).split())}") from None

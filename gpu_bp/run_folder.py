@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import zlib
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -40,6 +41,7 @@ class RunFolder:
         self.config_file = path / "config.toml"
         self.metrics_file = path / "metrics.jsonl"
         self.summary_file = path / "summary.json"
+        self.metrics_bytes = self.metrics_crc32 = 0  # of the lines of this run, since `begin`
         self.model_file, self.last_file, self.average_file = (path / f"{name}.safetensors" for name in MODELS)
 
     @classmethod
@@ -51,32 +53,31 @@ class RunFolder:
         flush_folder(path.parent)
         return cls(path)
 
-    def begin(self, config: Config, metrics_bytes: int = 0) -> None:
+    def begin(self, config: Config, metrics_bytes: int = 0, metrics_crc32: int = 0) -> None:
         """Writes the config, and cuts the metrics to so many bytes: to what stands before the first step to come.
 
         Raises:
-            UserError: there are not so many, or no line ends there.
+            UserError: there are not so many, or others.
         """
-        there = self.metrics_bytes
-        if there < metrics_bytes:
+        if self._crc32_of_metrics(metrics_bytes) != metrics_crc32:
             raise UserError(
-                f"{self.metrics_file} has {there} bytes, and had {metrics_bytes} when the checkpoint was written: "
-                "lines are missing; put the file back, or start again in another folder"
-            )
-        if metrics_bytes and not self._line_ends_at(metrics_bytes):
-            raise UserError(
-                f"{self.metrics_file} has other lines than when the checkpoint was written; "
+                f"{self.metrics_file} has not the lines that it had when the checkpoint was written; "
                 "put the file back, or start again in another folder"
             )
         write_whole(self.config_file, dump_config(config))  # first: a folder with anything else in it is not a new one
         with self.metrics_file.open("ab") as file:
             file.truncate(metrics_bytes)
         flush_folder(self.path)
+        self.metrics_bytes, self.metrics_crc32 = metrics_bytes, metrics_crc32
 
-    def _line_ends_at(self, metrics_bytes: int) -> bool:
-        with self.metrics_file.open("rb") as file:
-            file.seek(metrics_bytes - 1)
-            return file.read(1) == b"\n"
+    def _crc32_of_metrics(self, n: int) -> int | None:
+        """Of the first n bytes; None where there are not so many."""
+        crc32 = 0
+        if n and self.metrics_file.is_file():
+            with self.metrics_file.open("rb") as file:
+                while n and (part := file.read(min(n, 2**20))):
+                    crc32, n = zlib.crc32(part, crc32), n - len(part)
+        return None if n else crc32
 
     @staticmethod
     def refuse_used(path: Path) -> None:
@@ -125,17 +126,14 @@ class RunFolder:
 
     def add_metrics(self, line: dict[str, Any]) -> None:
         """Appends a line of metrics, whole or not at all. Raises OSError where it cannot be."""
-        text = json.dumps(finite(line), allow_nan=False) + "\n"
+        text = (json.dumps(finite(line), allow_nan=False) + "\n").encode()
         with named(self.metrics_file), self.metrics_file.open("ab", buffering=0) as file:
             length = file.tell()
-            if file.write(text.encode()) < len(text):  # such as on a full disk
+            if file.write(text) < len(text):  # such as on a full disk
                 file.truncate(length)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    @property
-    def metrics_bytes(self) -> int:
-        """The length of the file of metrics, 0 where there is none."""
-        return self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        self.metrics_bytes += len(text)
+        self.metrics_crc32 = zlib.crc32(text, self.metrics_crc32)
 
     def flush_metrics(self) -> None:
         """Brings the metrics to the disk."""

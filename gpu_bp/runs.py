@@ -121,7 +121,14 @@ def train(
             return "max_minutes" if limit and time.monotonic() - begun >= 60 * limit else ""
 
         steps = held.enter_context(closing(_steps(trainer, folder, checkpoints, saving, stop)))
-        return _run(trainer, folder, watch(trainer, steps) if watch else steps, pictures)
+
+        def watched() -> Lines:
+            yield from watch(trainer, steps) if watch else steps
+            if trainer.steps < trainer.total_steps and not trainer.stopped:  # who watches wants no more of it
+                trainer.stopped, trainer.paused = "interrupted", True
+                saving.finish()
+
+        return _run(trainer, folder, watched(), pictures)
 
 
 def resume(
@@ -177,7 +184,7 @@ def _run(trainer: Trainer, folder: RunFolder, steps: Lines, pictures: bool) -> R
         "steps": trainer.steps,
         "rows": trainer.rows,
         "seconds": trainer.seconds,
-        "rows_per_second": trainer.rows / trainer.seconds,
+        "rows_per_second": trainer.rows / trainer.seconds if trainer.seconds else 0.0,
         "stopped": trainer.stopped,
         **({"best": trainer.selection.best} if trainer.selection else {}),
         **evaluated,
@@ -195,9 +202,7 @@ def _steps(
     trainer: Trainer, folder: RunFolder, checkpoints: CheckpointFolder, saving: Saving, stop: Callable[[], str]
 ) -> Generator[dict[str, Any] | None, None, None]:
     """The trainer's steps, with metrics and checkpoints written; where it diverges, it may go back to the last one."""
-    train = trainer.config.train
-    rewinds = train.on_divergence == "rewind"
-    if rewinds and not trainer.steps:
+    if trainer.config.train.on_divergence == "rewind" and not trainer.steps:
         saving.save()
     while True:
         steps = trainer.run(stop)
@@ -207,24 +212,36 @@ def _steps(
                     folder.add_metrics(line)
                 saving.after_step()
                 yield line
-            if not trainer.paused:
-                saving.save(wait=True)
+            saving.finish()
             return
         except Diverged as error:
-            saving.wait()
-            good = checkpoints.newest() if rewinds and trainer.rewinds < train.max_rewinds else None
-            if good is None:
-                raise
-            went_back = trainer.rewinds + 1
-            restore(trainer, good.facts.training, good.tensors)
-            folder.begin(trainer.config, good.facts.metrics_bytes)
-            trainer.rewinds, trainer.step.optimizer.rate_factor = went_back, 0.5**went_back
-            log.warning(
-                f"{error}; going back to step {trainer.steps} at half the learning rate, {went_back} of "
-                f"{train.max_rewinds} times at most"
-            )
+            _go_back(trainer, folder, checkpoints, saving, error)
         finally:
             steps.close()
+
+
+def _go_back(
+    trainer: Trainer, folder: RunFolder, checkpoints: CheckpointFolder, saving: Saving, error: Diverged
+) -> None:
+    """Brings a training that diverged to its last checkpoint; raises the error where it may not go back."""
+    train = trainer.config.train
+    try:
+        saving.wait()
+    except Diverged as earlier:  # parameters that were to be saved, some steps before the loss showed it
+        error = earlier
+    may = train.on_divergence == "rewind" and trainer.rewinds < train.max_rewinds
+    good = checkpoints.newest() if may else None
+    if good is None:
+        raise error
+    went_back = trainer.rewinds + 1
+    restore(trainer, good.facts.training, good.tensors)
+    folder.begin(trainer.config, good.facts.metrics.bytes, good.facts.metrics.crc32)
+    saving.begin()
+    trainer.rewinds, trainer.step.optimizer.rate_factor = went_back, 0.5**went_back
+    log.warning(
+        f"{error}; going back to step {trainer.steps} at half the learning rate, {went_back} of "
+        f"{train.max_rewinds} times at most"
+    )
 
 
 def _save(trainer: Trainer, folder: RunFolder) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_bp.checkpoint import CheckpointFolder, Facts
+from gpu_bp.checkpoint import CheckpointFolder, Facts, MetricsMark
 from gpu_bp.divergence import SMALLER
 from gpu_bp.errors import Diverged
 from gpu_bp.run_folder import RunFolder
@@ -38,8 +38,12 @@ class Saving:
         self._described = described
         self._thread = ThreadPoolExecutor(1, "gpu_bp-checkpoint")
         self._writing: Future[None] | None = None
-        self._last = trainer.steps, trainer.epoch, time.monotonic()
         self._always = trainer.config.train.on_divergence == "rewind"  # where it goes back to is no matter of speed
+        self.begin()
+
+    def begin(self) -> None:
+        """From the training's step on it is counted when the next one is due."""
+        self._last = self._trainer.steps, self._trainer.epoch, time.monotonic()
 
     def after_step(self) -> None:
         """To be called after every step and the metrics it gave: writes a checkpoint where one is due.
@@ -48,32 +52,40 @@ class Saving:
             OSError: the last one could not be written (which file).
         """
         if self._writing is not None and self._writing.done():
-            self._finish()
-        if self._trainer.paused:
-            self.save(wait=True)
-        elif self._is_due() and (self._writing is None or self._always):
+            self.wait()
+        if self._is_due() and (self._writing is None or self._always):
             self.save()
 
-    def save(self, *, wait: bool = False) -> None:
-        """Writes a checkpoint of the last step, now; `wait` until it is on the disk."""
-        self._finish()
+    def save(self) -> None:
+        """Begins to write a checkpoint of the last step. Raises as `after_step`."""
+        self.wait()
         if self._trainer.step.diverged() is not None:
             return  # it is about to be told
         state, tensors = take(self._trainer)
-        facts = Facts(training=state, metrics_bytes=self._folder.metrics_bytes, **self._described)
-        self._last = self._trainer.steps, self._trainer.epoch, time.monotonic()
+        mark = MetricsMark(bytes=self._folder.metrics_bytes, crc32=self._folder.metrics_crc32)
+        facts = Facts(training=state, metrics=mark, **self._described)
+        self.begin()
         self._writing = self._thread.submit(self._write, facts, tensors)
-        if wait:
-            self._finish()
+
+    def finish(self) -> None:
+        """To be called where the training ends or pauses: its last step has a checkpoint, which is on the disk.
+
+        Raises as `after_step`.
+        """
+        if self._last[0] != self._trainer.steps:
+            self.save()
+        self.wait()
 
     def wait(self) -> None:
         """Until the last checkpoint is on the disk. Raises as `after_step`."""
-        self._finish()
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def close(self) -> None:
         """Waits for the last checkpoint, and for the thread."""
         try:
-            self._finish()
+            self.wait()
         finally:
             self._thread.shutdown()
 
@@ -94,11 +106,6 @@ class Saving:
                 )
         self._folder.flush_metrics()  # what is said to be there is there, after a power cut too
         self._checkpoints.write(facts, tensors)
-
-    def _finish(self) -> None:
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
 
 
 def _has_passed(every: int | None, before: int, now: int) -> bool:

@@ -13,8 +13,14 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tu
     return {key: (theirs.get(key), ours.get(key)) for key in keys if theirs.get(key) != ours.get(key)}
 
 
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted keys."""
-    if not isinstance(value, Mapping):
-        return {key: value}
-    return {k: v for name, member in value.items() for k, v in _flat(member, f"{key}.{name}" if key else name).items()}
+def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables as one, with dotted keys. Those of a file may be nested deep: not by recursion."""
+    flat: dict[str, Any] = {}
+    pending: list[tuple[str, Any]] = [("", tables)]
+    while pending:
+        key, value = pending.pop()
+        if isinstance(value, Mapping):
+            pending += [(f"{key}.{name}" if key else name, member) for name, member in reversed(list(value.items()))]
+        else:
+            flat[key] = value
+    return flat

@@ -7,11 +7,12 @@ Data, order, noise and schedules are functions of the config and the step, so th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from gpu_bp.config_types import Rows as Number
 from gpu_bp.errors import UserError
 from gpu_bp.spec import Array
 
@@ -32,7 +33,7 @@ class LossState(Record):
 
     total: float = Field(allow_inf_nan=False)
     weight: float = Field(allow_inf_nan=False)
-    rows: int
+    rows: Number
     weighted: bool
 
 
@@ -41,7 +42,7 @@ class PlateauState(Record):
 
     rate: float
     best: float | None
-    waited: int
+    waited: Number
 
 
 class SelectionState(Record):
@@ -49,8 +50,8 @@ class SelectionState(Record):
 
     metric: str
     best: float | None
-    step: int
-    since: int
+    step: Number
+    since: Number
     last: float | None
     rises: bool
 
@@ -62,15 +63,15 @@ class TrainingState(Record):
     why it ended, where it did so before its length. rate_factor, rewinds: after divergences.
     """
 
-    step: int = Field(ge=0)
-    rows: int = Field(ge=0)
+    step: Number
+    rows: Number
     seconds: float = Field(ge=0, allow_inf_nan=False)
-    epoch: int = Field(ge=0)
-    epoch_step: int = Field(ge=0)
-    step_rows: int = Field(ge=1)
+    epoch: Number
+    epoch_step: Number
+    step_rows: Annotated[Number, Field(ge=1)]
     stopped: str
     rate_factor: float = Field(gt=0, le=1)
-    rewinds: int = Field(ge=0)
+    rewinds: Number
     loss: LossState
     schedule: PlateauState | None
     selection: SelectionState | None

@@ -8,7 +8,6 @@ raised, and no input takes 5 s. What a family took is printed as JSON. Hypothesi
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -28,7 +27,7 @@ from typing import Any
 import hypothesis
 import numpy as np
 import tomli_w
-from hostile_changes import EDIT, TREE_EDIT, TREE_EDITS, VALUES, changed_bytes, changed_tree, edited, npy_files
+from hostile_changes import EDIT, TREE_EDIT, TREE_EDITS, VALUES, changed_bytes, changed_tree, edited, npy_files, sealed
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -36,16 +35,18 @@ from safetensors.numpy import save
 
 import gpu_bp
 from gpu_bp import NumpyBackend, UserError, load_config
-from gpu_bp.checkpoint import CheckpointFolder
 from gpu_bp.cli import main
 from gpu_bp.config_network import FileWeights
+from gpu_bp.data.identity import identity
 from gpu_bp.data.shards import ShardReader
+from gpu_bp.environment import environment
 from gpu_bp.generate import generate
 from gpu_bp.initial import initialise
 from gpu_bp.model import Model
 from gpu_bp.network import Network
+from gpu_bp.resuming import Resuming
+from gpu_bp.run_folder import RunFolder
 from gpu_bp.trainer import Trainer
-from gpu_bp.training_state import restore
 
 SECONDS = 5  # of the processor, for one input
 ADDRESSES = 4 * 2**30  # bytes of them, so that what is allocated and not touched is seen too
@@ -174,23 +175,20 @@ def checkpoint(folder: Path) -> Case:
     valid = path.read_bytes()
     body = {key: value for key, value in json.loads(valid).items() if key != "checksum"}
 
-    def sealed(edits: Any) -> bytes:
-        changed = changed_tree(body, edits)
-        checksum = hashlib.sha256(json.dumps(changed).encode()).hexdigest()
-        return (json.dumps({"checksum": checksum, **changed}, indent=1) + "\n").encode()
-
-    trainer = Trainer(parsed, NumpyBackend())
+    trainer, metrics = Trainer(parsed, NumpyBackend()), (folder / "run/metrics.jsonl").read_bytes()
+    described = {"environment": environment(trainer.model.network.backend), "data": identity(parsed, trainer.dataset)}
     logging.getLogger("gpu_bp").setLevel(logging.ERROR)  # each broken one is told of
 
     def read(data: bytes) -> None:
         path.write_bytes(data)
-        found = CheckpointFolder(folder / "run", keep=2).newest()
-        assert found is not None, "the one before is whole"
-        if found.facts.training.step == 2:
+        (folder / "run/metrics.jsonl").write_bytes(metrics)
+        Resuming(RunFolder(folder / "run"), parsed).restore(trainer, described)
+        if trainer.steps == 2:
             raise UserError("it was passed over")
-        restore(trainer, found.facts.training, found.tensors)
 
-    return read, st.one_of(st.builds(sealed, TREE_EDITS), changed_bytes(valid), st.just(valid))
+    return read, st.one_of(
+        st.builds(lambda edits: sealed(changed_tree(body, edits)), TREE_EDITS), changed_bytes(valid), st.just(valid)
+    )
 
 
 def npy(folder: Path) -> Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import re
@@ -34,6 +35,12 @@ PIECES += [b"-", b"9" * 30, b"9" * 5000, b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\u
 
 PLACE = st.integers(0, 2**20 - 1)  # scaled to the length of what is changed
 EDIT = st.tuples(st.sampled_from(["flip", "cut", "insert", "drop", "number", "repeat"]), PLACE, st.integers(0, 255))
+
+
+def sealed(body: dict[str, Any]) -> bytes:
+    """The JSON file of a checkpoint, with the checksum of all else in it."""
+    checksum = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return (json.dumps({"checksum": checksum, **body}, indent=1) + "\n").encode()
 
 
 def scaled(place: int, n: int) -> int:

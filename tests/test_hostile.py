@@ -16,7 +16,7 @@ import hostile
 import numpy as np
 import pytest
 from conftest import ROOT
-from hostile_changes import npy_bytes
+from hostile_changes import npy_bytes, sealed
 from safetensors.numpy import load_file, save_file
 
 import gpu_bp
@@ -31,6 +31,48 @@ from gpu_bp.tensor_file import read_shapes, read_tensors
 from gpu_bp.whole_file import part_of, write_whole
 
 Tiny = Callable[..., dict[str, Any]]
+
+
+def nested(depth: int) -> dict[str, Any]:
+    tables: dict[str, Any] = {}
+    for _ in range(depth):
+        tables = {"a": tables}
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda facts: facts["training"].update(step=10**400), "facts.training.step"),
+        (lambda facts: facts["training"].update(rows=10**400), "facts.training.rows"),
+        (lambda facts: facts["training"].update(epoch=2**64), "facts.training.epoch"),
+        (lambda facts: facts["training"]["loss"].update(rows=10**400), "facts.training.loss.rows"),
+        (lambda facts: facts["training"].update(seconds=0.0), ""),
+        (lambda facts: facts["metrics"].update(bytes=10**400), "facts.metrics.bytes"),
+        (lambda facts: facts.update(data={"data.rows": 3}), "facts.data.data.rows"),
+        (lambda facts: facts.update(data={"data.rows": {"train": "x"}}), "data.rows does not say what data are"),
+        (lambda facts: facts.update(data={"data.path": {"what": "x"}}), "data.path does not say what data are"),
+        (lambda facts: facts.update(config=nested(700)), "was started with another config"),
+        (lambda facts: facts.update(environment={"numpy": "\x1b[2J"}), r"was \x1b[2J"),
+    ],
+)
+def test_checkpoints(
+    change: Callable[[Any], Any], message: str, tiny_config: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is whole by its checksum, and yet was made by somebody: it is taken, passed over, or refused."""
+    gpu_bp.train(tiny_config(), backend="numpy", run=tmp_path / "run", pictures=False)
+    (path,) = (tmp_path / "run/checkpoints").glob("*.json")
+    body = json.loads(path.read_bytes())
+    del body["checksum"]
+    change(body["facts"])
+    path.write_bytes(sealed(body))
+    with pytest.raises(SystemExit) as ended:
+        main(["resume", str(tmp_path / "run"), "--backend", "numpy"])
+    out, err = capsys.readouterr()
+    assert ended.value.code in (0, 2)
+    assert err.count("\n") <= 1
+    assert message in out + err
+    assert "\x1b" not in out + err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,16 @@ def test_tensors_are_written_as_safetensors_does(tmp_path: Path) -> None:
         assert digest == hashlib.sha256((tmp_path / "t").read_bytes()).hexdigest()
     (tmp_path / "other").touch()
     assert (tmp_path / "t").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_tensors_are_not_copied_to_be_written(tmp_path: Path) -> None:
+    tensors = {name: np.zeros(2**20) for name in "ab"}
+    tracemalloc.start()
+    try:
+        write_tensors(tmp_path / "t", tensors)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 FIT = {"0.weight": (5, 3), "0.bias": (5,), "2.weight": (2, 5), "2.bias": (2,)}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import itertools
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +27,9 @@ from gpu_bp import UserError, parse_config, registry, select
 from gpu_bp.backends import Backend
 from gpu_bp.checkpoint import CheckpointFolder
 from gpu_bp.lock import Lock
+from gpu_bp.resuming import plain
 from gpu_bp.run_folder import RunFolder
+from gpu_bp.runs import Lines
 from gpu_bp.saving import Saving
 from gpu_bp.trainer import Trainer
 from gpu_bp.training_state import Record, Tensors, TrainingState, restore, take
@@ -270,6 +274,20 @@ def test_without_a_checkpoint_it_starts_from_the_beginning(
     assert outcome(killed) == outcome(tmp_path / "a")
 
 
+def test_killed_while_its_first_files_are_written(
+    tiny_config: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("gpu_bp.run_folder.write_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(), backend="numpy", run=run, resume=True)
+    assert train(tiny_config(), backend="numpy", run=run, resume=True).summary["stopped"] == ""
+
+
 def test_max_minutes_pauses(tiny_config: Tiny, tmp_path: Path) -> None:
     train(tiny_config(), backend="numpy", run=tmp_path / "whole")
     config = tiny_config(train={"max_minutes": 1e-9})
@@ -317,6 +335,23 @@ def test_a_change_that_is_allowed(tiny_config: Tiny, tmp_path: Path) -> None:
     lines = resume(run, backend="numpy").folder
     assert [line["learning_rate"] for line in RunFolder(lines).metrics()] == [0.2] * 3
     assert tomllib.loads((run / "config.toml").read_text())["train"]["max_minutes"] == 5
+
+
+def test_what_was_made_of_another_metric_or_rate_is_forgotten(tiny_config: Tiny, tmp_path: Path) -> None:
+    """The best of one metric is none of another, and a plateau's rate is not the one that is asked for now."""
+    plateau = {"kind": "plateau", "patience": 1, "factor": 0.5, "threshold": 0.99}
+    config = tiny_config(train={"epochs": 6}, schedule=plateau, stopping={"metric": "validation_loss"})
+    train(config, backend="numpy", run=tmp_path / "run")
+    schedule = last_checkpoint(tmp_path / "run").facts.training.schedule
+    assert schedule is not None
+    assert schedule.rate < 0.1
+    changes = ["train.epochs=7", "optimizer.learning_rate=0.03", "stopping.metric=validation_errors"]
+    keys = [change.partition("=")[0] for change in changes]
+    best = resume(tmp_path / "run", changes, backend="numpy", allow_change=keys).summary["best"]
+    line = RunFolder(tmp_path / "run").metrics()[-1]
+    assert line["learning_rate"] == 0.03
+    assert line["validation_errors"] > 1  # no loss is as large
+    assert best == {"metric": "validation_errors", "value": line["validation_errors"], "step": line["step"]}
 
 
 def test_a_changed_config_stays_when_it_is_killed_at_once(tiny_config: Tiny, tmp_path: Path) -> None:
@@ -442,12 +477,28 @@ def test_lines_that_are_missing_are_noticed(tiny_config: Tiny, tmp_path: Path) -
     train(tiny_config(), backend="numpy", run=run, interrupted=after(8))
     text = (run / "metrics.jsonl").read_bytes()
     (run / "metrics.jsonl").write_bytes(text[:-1])
-    with pytest.raises(UserError, match=rf"has {len(text) - 1} bytes, and had {len(text)} when .*lines are missing"):
-        resume(run, backend="numpy")
-    (run / "metrics.jsonl").write_bytes(b"\n" + text)
-    with pytest.raises(UserError, match="has other lines than when the checkpoint was written"):
+    for other in (text[:-1], b"\n" + text, b"", text.replace(b"epoch", b"epoxx")):
+        (run / "metrics.jsonl").write_bytes(other)
+        with pytest.raises(UserError, match="metrics.jsonl has not the lines that it had when the checkpoint was"):
+            resume(run, backend="numpy")
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="metrics.jsonl has not the lines that it had when the checkpoint was"):
         resume(run, backend="numpy")
     (run / "metrics.jsonl").write_bytes(text + b'{"epoch": 2, "st')  # a power cut in the next line
+    resume(run, backend="numpy")
+    train(tiny_config(), backend="numpy", run=tmp_path / "whole")
+    assert outcome(run) == outcome(tmp_path / "whole")
+
+
+def test_who_watches_may_look_away(tiny_config: Tiny, tmp_path: Path) -> None:
+    """Whatever passes on some of the steps alone: the run pauses there, and goes on to the same end."""
+
+    def three(trainer: Trainer, steps: Lines) -> Lines:
+        return itertools.islice(steps, 3)
+
+    run = tmp_path / "run"
+    summary = train(tiny_config(), backend="numpy", run=run, watch=three).summary
+    assert (summary["steps"], summary["stopped"]) == (3, "interrupted")
     resume(run, backend="numpy")
     train(tiny_config(), backend="numpy", run=tmp_path / "whole")
     assert outcome(run) == outcome(tmp_path / "whole")
@@ -481,7 +532,7 @@ def test_a_checkpoint_of_another_network(
     """Allowed or not, it does not fit, in one line."""
     run = tmp_path / "run"
     train(tiny_config(), backend="numpy", run=run, interrupted=after(3))
-    with pytest.raises(UserError, match=f"^the state is of another training: {message}") as caught:
+    with pytest.raises(UserError, match=f"as it is now configured: the state is of another .*: {message}") as caught:
         train(tiny_config(**changes), backend="numpy", run=run, resume=True, allow_change=list(changes))
     assert "\n" not in str(caught.value)
 
@@ -550,13 +601,40 @@ def test_a_training_that_went_back_and_was_killed(tmp_path: Path, steps: int) ->
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
+def test_parameters_that_are_not_finite_when_they_are_saved(tiny_config: Tiny, tmp_path: Path) -> None:
+    """The thread notes it while the next step goes wrong: the training goes back, and the checkpoint is made good."""
+    trainers: list[Trainer] = []
+    asked = itertools.count(1)
+
+    def watch(trainer: Trainer, lines: Any) -> Any:
+        trainers.append(trainer)
+        return lines
+
+    def overflow() -> bool:
+        if next(asked) == 4:
+            trainers[0].model.network.parameters[0] = np.inf
+        return False
+
+    config = tiny_config(train={"epochs": 1, "on_divergence": "rewind"}, checkpoint={"every_steps": 2, "keep": 9})
+    result = train(config, backend="numpy", run=tmp_path / "run", watch=watch, interrupted=overflow)
+    steps = [int(path.stem.removeprefix("step-")) for path in (tmp_path / "run/checkpoints").glob("*.json")]
+    assert (result.summary["steps"], trainers[0].rewinds) == (7, 1)
+    assert sorted(steps) == [0, 2, 4, 6, 7]
+
+
 # checkpoints --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def every(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every checkpoint is on the disk before the next step, so that none falls due while another is written."""
-    monkeypatch.setattr(Saving, "save", functools.partialmethod(Saving.save, wait=True))
+    save = Saving.save
+
+    def save_and_wait(self: Saving) -> None:
+        save(self)
+        self.wait()
+
+    monkeypatch.setattr(Saving, "save", save_and_wait)
 
 
 def test_the_newest_are_kept_and_the_best_besides(data: Path, every: None) -> None:
@@ -633,6 +711,23 @@ def test_what_else_is_in_the_folder_of_checkpoints(data: Path, every: None) -> N
     assert last_checkpoint(run).facts.training.step == 10**10
 
 
+def test_each_step_has_one_checkpoint(tiny_config: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is due at the last step, or the run had ended, there is none to be written."""
+    written: list[int] = []
+    write = CheckpointFolder.write
+
+    def noted(self: CheckpointFolder, facts: Any, tensors: Tensors) -> None:
+        written.append(facts.training.step)
+        write(self, facts, tensors)
+
+    monkeypatch.setattr(CheckpointFolder, "write", noted)
+    config = tiny_config(checkpoint={"every_steps": 7}, train={"max_minutes": 60})
+    train(config, backend="numpy", run=tmp_path / "run", interrupted=after(9))
+    resume(tmp_path / "run", backend="numpy")
+    resume(tmp_path / "run", backend="numpy")
+    assert written == [7, 9, 14]
+
+
 def test_a_checkpoint_of_the_same_step_is_another_file(data: Path) -> None:
     """So that the one there is whole until the new one is."""
     run = data / "run"
@@ -672,6 +767,29 @@ def test_torn_writes(data: Path, every: None, caplog: pytest.LogCaptureFixture, 
         assert "is broken: " in caplog.messages[-1]
     path.write_bytes(whole)
     assert last_checkpoint(run).facts.training.step == 7
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_a_checkpoint_that_is_a_pipe(tiny_config: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """To read it would take for ever."""
+    train(tiny_config(), backend="numpy", run=tmp_path / "run")
+    pipe = tmp_path / "run/checkpoints/step-0000000099.json"
+    os.mkfifo(pipe)
+    resume(tmp_path / "run", backend="numpy")
+    assert f"{pipe}: not a regular file; passing it over" in caplog.text
+
+
+def test_arguments_that_json_cannot_write() -> None:
+    """Those of a source of one's own may be any that TOML has."""
+    arguments = {"limit": np.inf, "missing": np.nan, "days": [datetime.date(2024, 1, 1)]}
+    config = {
+        "data": {"kind": "own", "sources": {"train": {"kind": "module:Waves", **arguments}}},
+        "optimizer": {"kind": "sgd", "learning_rate": 0.1},
+        "train": {"epochs": 1},
+    }
+    tables = plain(parse_config(config))
+    assert json.loads(json.dumps(tables, allow_nan=False)) == tables
+    assert tables["data"]["sources"]["train"]["limit"] == "Infinity"
 
 
 def test_numbers_that_json_cannot_write(data: Path) -> None:

@@ -70,9 +70,19 @@ def changes(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[s
             if was != its:
                 found[key] = f"{_counts(its)}, were {_counts(was)}"
         elif was.get("bytes") != its.get("bytes"):
-            found[key] = f"{its['what']} has {its['bytes']:,} bytes, had {was['bytes']:,}"
+            found[key] = f"{its['what']} has {its.get('bytes', 0):,} bytes, had {was.get('bytes', 0):,}"
         elif was["digest"] != its["digest"]:
             found[key] = f"{its['what']} has other {'content' if 'bytes' in its else 'rows'} than it had"
+    return found
+
+
+def refuse_malformed(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same; raises ValueError where `identity` gives no such thing."""
+    for key, value in found.items():
+        of_content = {"what": str, "digest": str} | ({"bytes": int} if "bytes" in value else {})
+        kinds = dict.fromkeys(value, int) if key == ROWS else of_content
+        if not (value.keys() == kinds.keys() and all(isinstance(value[name], kind) for name, kind in kinds.items())):
+            raise ValueError(f"{key} does not say what data are")
     return found
 
 
