@@ -25,7 +25,7 @@ from gpu_bp.data.identity import refuse_malformed
 from gpu_bp.errors import UserError
 from gpu_bp.plain_file import refuse_special
 from gpu_bp.tensor_file import read_tensors, write_tensors
-from gpu_bp.training_state import Record, SelectionState, Tensors, TrainingState
+from gpu_bp.training_state import Record, Tensors, TrainingState
 from gpu_bp.whole_file import flush_folder, write_whole
 
 FOLDER = "checkpoints"
@@ -81,12 +81,11 @@ class CheckpointFolder:
     def __init__(self, run: Path, keep: int) -> None:
         self.path = run / FOLDER
         self._keep = keep
-        self._held: dict[int, TensorFile] = {}  # of each step
-        self._selections: dict[int, SelectionState | None] = {}  # likewise
+        self._held: dict[int, Index] = {}  # by step
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, None where there is none; those that are broken are told of."""
-        found, self._held, self._selections = None, {}, {}
+        found, self._held = None, {}
         for path in sorted(self.path.glob("step-*.json"), key=lambda path: (len(path.name), path.name), reverse=True):
             try:
                 index = _read_index(path)
@@ -94,7 +93,7 @@ class CheckpointFolder:
             except (UserError, OSError) as error:
                 logging.getLogger("gpu_bp").warning(f"{_said(error, path)}; passing it over")
                 continue
-            self._hold(index)
+            self._held[index.facts.training.step] = index
         return found
 
     def any(self) -> bool:
@@ -118,18 +117,14 @@ class CheckpointFolder:
             path = self.path / f"{stem}-{k}.safetensors"
         index = Index(facts=facts, tensors=TensorFile(name=path.name, sha256=write_tensors(path, tensors)))
         write_whole(self.path / f"{stem}.json", _render(index.model_dump(mode="json")))
-        self._hold(index)
+        self._held[facts.training.step] = index
         self._remove_others()
-
-    def _hold(self, index: Index) -> None:
-        step = index.facts.training.step
-        self._held[step], self._selections[step] = index.tensors, index.facts.training.selection
 
     def _remove_others(self) -> None:
         steps = sorted(self._held, reverse=True)
         kept = {*steps[: self._keep], *self._best(steps)}
         self._held = {step: self._held[step] for step in kept}
-        names = {name for step, file in self._held.items() for name in (f"step-{step:010d}.json", file.name)}
+        names = {name for step, index in self._held.items() for name in (f"step-{step:010d}.json", index.tensors.name)}
         others = [path for path in self.path.glob("step-*") if path.name not in names and not path.is_dir()]
         for path in sorted(others, key=lambda path: path.suffix != ".json"):  # without its numbers it is none
             path.unlink(missing_ok=True)
@@ -137,11 +132,12 @@ class CheckpointFolder:
 
     def _best(self, steps: list[int]) -> list[int]:
         """Of these steps, the newest first, the one with the best line of metrics, by the newest one's metric."""
-        newest = self._selections[steps[0]]
+        selections = {step: self._held[step].facts.training.selection for step in reversed(steps)}
+        newest = selections[steps[0]]
         scores = {
             step: its.last if its.rises else -its.last
-            for step in reversed(steps)
-            if (its := self._selections[step]) and newest and its.metric == newest.metric and its.last is not None
+            for step, its in selections.items()
+            if its and newest and its.metric == newest.metric and its.last is not None
         }
         return [max(scores, key=scores.__getitem__)] if scores else []  # of equal ones the first
 

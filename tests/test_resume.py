@@ -27,6 +27,7 @@ from gpu_bp import UserError, parse_config, registry, select
 from gpu_bp.backends import Backend
 from gpu_bp.checkpoint import CheckpointFolder
 from gpu_bp.lock import Lock
+from gpu_bp.optimizer import Optimizer
 from gpu_bp.resuming import plain
 from gpu_bp.run_folder import RunFolder
 from gpu_bp.runs import Lines
@@ -487,6 +488,30 @@ def test_lines_that_are_missing_are_noticed(tiny_config: Tiny, tmp_path: Path) -
     (run / "metrics.jsonl").write_bytes(text + b'{"epoch": 2, "st')  # a power cut in the next line
     resume(run, backend="numpy")
     train(tiny_config(), backend="numpy", run=tmp_path / "whole")
+    assert outcome(run) == outcome(tmp_path / "whole")
+
+
+def test_running_out_of_memory_leaves_the_last_checkpoint(
+    tiny_config: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a step, whose arrays are then whatever they are."""
+    real = Optimizer.step
+
+    def runs_out(self: Optimizer, *arguments: Any) -> None:
+        if self.steps == 5:
+            self.state["mean"].fill(7.0)
+            raise MemoryError
+        real(self, *arguments)
+
+    run = tmp_path / "run"
+    config = tiny_config(checkpoint={"every_steps": 2}, optimizer={"kind": "adam", "learning_rate": 0.01})
+    with monkeypatch.context() as patched:
+        patched.setattr(Optimizer, "step", runs_out)
+        with pytest.raises(UserError, match=r"out of memory at step 6: the training needs about .* would fit"):
+            train(config, backend="numpy", run=run)
+    assert CheckpointFolder(run, 2).newest().facts.training.step == 4  # type: ignore[union-attr]
+    resume(run, backend="numpy")
+    train(config, backend="numpy", run=tmp_path / "whole")
     assert outcome(run) == outcome(tmp_path / "whole")
 
 
