@@ -517,6 +517,20 @@ def test_running_out_of_memory_leaves_the_last_checkpoint(
     assert outcome(run) == outcome(tmp_path / "whole")
 
 
+def test_a_run_that_was_killed_has_no_model_yet(tiny_config: Tiny, tmp_path: Path) -> None:
+    def killed(trainer: Trainer, steps: Lines) -> Lines:
+        yield next(iter(steps))
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(), backend="numpy", run=run, watch=killed)
+    with pytest.raises(UserError, match=r"has no model\.safetensors: its run has not ended; gpu-bp resume .* goes on"):
+        gpu_bp.evaluate(run, backend="numpy")
+    resume(run, backend="numpy")
+    assert gpu_bp.evaluate(run, backend="numpy")["train"]["rows"] == 50
+
+
 def test_who_watches_may_look_away(tiny_config: Tiny, tmp_path: Path) -> None:
     """Whatever passes on some of the steps alone: the run pauses there, and goes on to the same end."""
 
