@@ -1,21 +1,27 @@
 """Small trainings that together have every kind of state and of data, and what has to be equal of two runs of one.
 
-Tests of exact resume walk this table; `test_resume.py` sees to it that every piece of state is in one of them.
+Tests of exact resume walk this table; `test_state.py` sees to it that every piece of state is in one of them.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import gpu_bp
+from gpu_bp import parse_config
+from gpu_bp.backends import Backend
 from gpu_bp.checkpoint import Checkpoint, CheckpointFolder
 from gpu_bp.run_folder import RunFolder
 from gpu_bp.trainer import Trainer
-from gpu_bp.training_state import Tensors, TrainingState, take
+from gpu_bp.training_state import Tensors, TrainingState, restore, take
 
 OWN = """
 import numpy as np
@@ -177,3 +183,35 @@ def outcome(run: Path) -> dict[str, Any]:
         "tensors": hexed(last.tensors),
         **{name: path.read_bytes().hex() for name, path in files.items() if path.suffix == ".safetensors"},
     }
+
+
+# stopped and gone on with -------------------------------------------------------------------------------------
+
+Tiny = Callable[..., dict[str, Any]]
+train = functools.partial(gpu_bp.train, pictures=False)
+resume = functools.partial(gpu_bp.resume, pictures=False, trust_code=True)
+Moments = list[dict[str, Any]]
+
+
+def after(steps: int) -> Callable[[], bool]:
+    """What interrupts a training after so many steps."""
+    asked = itertools.count(1)
+    return lambda: next(asked) == steps
+
+
+def new(config: dict[str, Any], backend: Backend) -> Trainer:
+    return Trainer(parse_config(config), backend)
+
+
+def moments(trainer: Trainer, steps: int = -1) -> Moments:
+    """What is to be seen after each step: of so many, after which the training pauses, or of all that are left."""
+    interrupted = after(steps)
+    return [moment(trainer, line) for line in trainer.run(lambda: "pause" if interrupted() else "")]
+
+
+def other_process(trainer: Trainer, config: dict[str, Any], backend: Backend) -> Trainer:
+    """A new trainer that was given the state of this one, by way of text and of tensors of its own."""
+    state, tensors = take(trainer)
+    made = new(config, backend)
+    restore(made, TrainingState.model_validate_json(state.model_dump_json()), tensors)
+    return made
