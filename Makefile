@@ -44,7 +44,7 @@ test-reference: .venv/reference.stamp  ## the same results as PyTorch and scikit
 test-all: .venv/kernels.stamp .venv/reference.stamp  ## all tests: kernels, references, experiments and packaging too
 	$(BIN)/pytest -n 2
 
-kill-test: .venv/dev.stamp  ## 500 kills of trainings, at random and at every line that writes; about half an hour
+kill-test: .venv/dev.stamp  ## 500 kills of trainings, at random and at every line that writes; about twenty minutes
 	GPU_BP_KILLS=500 $(BIN)/pytest -s tests/test_kill.py
 
 soak: .venv/dev.stamp  ## a million steps with checkpoints: does it gain memory, files or threads
