@@ -87,10 +87,10 @@ def watched(backend: Backend, widths: list[int], batch_size: int, limit: float |
         steps.append(Step(Objective(network, registry.loss("squared_error"), batch_size), optimizer, watch=watch))
     inputs, targets = (rng.standard_normal((batch_size, n)).astype(np.float32) for n in (widths[0], widths[-1]))
     batch = Batch(*(backend.to_device(x) for x in (inputs, targets, np.arange(batch_size))))
-    objective, flag = steps[0].objective, steps[0].flag
+    objective, flag, taken = steps[0].objective, steps[0].flag, backend.zeros((1,), np.int64)
 
     def watch_alone() -> None:
-        backend.watch(objective.gradients, objective.total, 1, flag)
+        backend.watch(objective.gradients, objective.total, taken, flag)
 
     def of_a_bare_step(call: Callable[[], None]) -> float:
         seconds, bare = alternate(backend, [call, lambda: steps[1](batch)], WATCH_ROUNDS, WATCH_SECONDS)

@@ -18,9 +18,10 @@ from gpu_bp.errors import UserError
 from gpu_bp.gradcheck import check_gradients
 from gpu_bp.model import Model
 from gpu_bp.network import Layer, Layout, Network, Signals
+from gpu_bp.objective import Objective
 from gpu_bp.optimizer import Optimizer
 from gpu_bp.runs import Result, evaluate, resume, train
-from gpu_bp.step import Objective, Step
+from gpu_bp.step import Step
 from gpu_bp.trainer import Trainer
 
 __all__ = [

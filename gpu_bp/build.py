@@ -17,7 +17,7 @@ from gpu_bp.data.source import Source
 from gpu_bp.errors import UserError
 from gpu_bp.initial import initialise
 from gpu_bp.network import Network
-from gpu_bp.step import Objective
+from gpu_bp.objective import Objective
 
 
 def build_network(config: Config, dataset: Dataset, backend: Backend, dtype: str | None = None) -> Network:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 
 from gpu_bp.backends import Backend
+from gpu_bp.backends.base import Action, Division, Numbers
 from gpu_bp.data.batches import Batches
 from gpu_bp.data.source import Batch, Source
 from gpu_bp.data.sources import GeneratedSource, SameRows, arrays, empty, on_device
@@ -68,6 +69,19 @@ class Counting:
 
     def generate(self, program: Program, seed: int, first: int, rows: Array, outputs: Any) -> None:
         self._generated[program] = max(self._generated[program], len(rows))
+
+    def record(self, run: Action, worker: int = 0) -> Action:
+        return run
+
+    def together(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            action()
+
+    def division(self, widths: Sequence[int], rows: int) -> Division:
+        return self._backend.division(widths, rows)
+
+    def numbers(self, count: int, dtype: Any) -> Numbers:
+        return self._backend.numbers(count, dtype)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         def operation(*arguments: Any, **keywords: Any) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpu_bp.data.source import Batch
+from gpu_bp.objective import Objective
 from gpu_bp.spec import Array
-from gpu_bp.step import Objective
 
 NAMED_ROWS = 5  # in a message
 SMALLER = "try a smaller optimizer.learning_rate, a regularisation.clip_norm, or smaller network.weights"

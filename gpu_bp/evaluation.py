@@ -12,8 +12,8 @@ from gpu_bp.data.batches import Batches
 from gpu_bp.data.source import Source
 from gpu_bp.metrics import Metric, Metrics
 from gpu_bp.network import Network
+from gpu_bp.objective import Objective
 from gpu_bp.spec import Loss
-from gpu_bp.step import Objective
 
 # Rows that are evaluated at a time; fixed, so that the same network always gives the same figures.
 EVALUATION_ROWS = 4096

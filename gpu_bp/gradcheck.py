@@ -16,9 +16,9 @@ import numpy as np
 from gpu_bp.data.source import Batch
 from gpu_bp.network import Network
 from gpu_bp.noise import Noise
+from gpu_bp.objective import Objective
 from gpu_bp.registry import Permutations, Purpose
 from gpu_bp.spec import Activation, Loss
-from gpu_bp.step import Objective
 
 STEPS = (1e-5, 1e-6, 1e-7)
 TOLERANCE = 1e-6

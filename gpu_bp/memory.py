@@ -15,6 +15,7 @@ from typing import cast
 
 import numpy as np
 
+from gpu_bp.average import Average
 from gpu_bp.backends import Backend
 from gpu_bp.build import build_batches, build_objective, network_of_zeros
 from gpu_bp.config import Config
@@ -28,7 +29,7 @@ from gpu_bp.initial import host_bytes
 from gpu_bp.optimizer import Optimizer
 from gpu_bp.schedule import constant
 from gpu_bp.selection import Selection
-from gpu_bp.step import Average, Step
+from gpu_bp.step import Step
 
 # What is proposed takes so much of the memory at most: how much is free changes, and a device rounds arrays up.
 ROOM = 0.95

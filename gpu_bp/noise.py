@@ -51,24 +51,24 @@ class Noise:
 
 @dataclass(frozen=True)
 class Draw:
-    """The noise of one batch: at a step, for rows from a place of the step on."""
+    """The noise of one batch, for rows from a place of a step on; `step` (1,) int64, from 0, stands on the device."""
 
     noise: Noise
-    step: int
+    step: Array
     place: int
 
     def inputs(self, backend: Backend, inputs: Array, out: Array) -> None:
         """out = the inputs (rows, n) with noise."""
         noise, start = self.noise, self._start(0, inputs)
         if noise.input_noise:
-            backend.input_noise(noise.seed, start, noise.input_noise, inputs, out)
+            backend.input_noise(noise.seed, self.step, start, noise.input_noise, inputs, out)
             inputs = out
         if noise.input_dropout:
-            backend.dropout(noise.seed, start, noise.input_dropout, inputs, out)
+            backend.dropout(noise.seed, self.step, start, noise.input_dropout, inputs, out)
 
     def outputs(self, backend: Backend, layer: int, values: Array, out: Array) -> None:
         """out = values (rows, n) of a layer, some left out and the others scaled up; of its deltas likewise."""
-        backend.dropout(self.noise.seed, self._start(layer + 1, values), self.noise.rate(layer), values, out)
+        backend.dropout(self.noise.seed, self.step, self._start(layer + 1, values), self.noise.rate(layer), values, out)
 
     def _start(self, stage: int, values: Array) -> int:
-        return element_of_step(self.step, stage, self.place * values.shape[1])
+        return element_of_step(0, stage, self.place * values.shape[1])

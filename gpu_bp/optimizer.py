@@ -53,12 +53,14 @@ class Optimizer:
         self.steps = 0
         self._network = network
         self._parameters = parameters
-        self._numbers = numbers
+        self._numbers_of_penalties = numbers
         self._penalties = [penalty for name, penalty in registry.PENALTIES.items() if name in numbers]
         self._n_weights = network.layout.size if biases else network.layout.n_weights
         zeros = network.backend.zeros
         self.state: dict[str, Array] = {name: zeros((network.layout.size,), network.dtype) for name in record.state}
         self.rate_factor = 1.0
+        self._names = (*(penalty.name for penalty in self._penalties), *record.scalar_names)
+        self._numbers = network.backend.numbers(1 + len(self._names), network.dtype)
 
     @property
     def learning_rate(self) -> float:
@@ -70,21 +72,31 @@ class Optimizer:
 
         Where the `flag` of `Backend.watch` is set, a step is counted, and nothing is changed.
         """
+        self.begin(scale)
+        self.update(gradients, factor, flag)
+
+    def begin(self, scale: float) -> None:
+        """Counts a step, and sets the numbers that its update reads, `scale` among them."""
         rate = self.learning_rate
         self.steps += 1
-        scalars = self.record.scalars(self.steps, rate, **self._parameters) | self._numbers
+        scalars = self.record.scalars(self.steps, rate, **self._parameters) | self._numbers_of_penalties
         if "weight_decay" in scalars:
             scalars["weight_decay"] *= rate
-        network = self._network
+        self._numbers.set((scale, *(scalars[name] for name in self._names)))
+
+    def update(
+        self, gradients: Array, factor: Array | None = None, flag: Array | None = None, part: slice = slice(None)
+    ) -> None:
+        """What `step` has the backend do; of a part of the flat buffers alone."""
+        network, start = self._network, part.indices(len(gradients))[0]
         network.backend.update(
             self.record,
             self._penalties,
-            network.parameters,
-            gradients,
-            tuple(self.state.values()),
-            scale,
-            scalars,
-            self._n_weights,
+            network.parameters[part],
+            gradients[part],
+            tuple(array[part] for array in self.state.values()),
+            self._numbers,
+            max(0, self._n_weights - start),
             factor,
             flag,
         )

@@ -1,200 +1,35 @@
-"""One training step on arrays that are made once: forward, output delta, backward, update.
+"""One training step: a batch's gradient, forward and back, then the update.
 
-`Objective` is the loss of a network over a batch and its gradient; `Step` adds the update. A step's rows may come as
-several batches, whose gradients are summed.
+A step's rows may come as several batches, whose gradients are summed. A large batch is cut into parts where the backend
+works on several at once, each forward and back by itself (`Backend.division`).
+
+What a step asks of the backend is the same each time but for a few numbers, which stand where it finds them. So it is
+recorded when it is asked for the first time, and from then on only run (`Backend.record`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
+from gpu_bp.average import Average
+from gpu_bp.backends.base import Action
 from gpu_bp.data.source import Batch
-from gpu_bp.errors import UserError
-from gpu_bp.network import Layer, Network, Signals
-from gpu_bp.noise import Draw, Noise
+from gpu_bp.network import ALIGNMENT
+from gpu_bp.objective import Objective
 from gpu_bp.optimizer import Optimizer
-from gpu_bp.spec import Array, Loss
+from gpu_bp.share import Share
+from gpu_bp.spec import Array
 
-
-class Objective:
-    """A loss of a network, over batches of up to `batch_size` rows, and its gradient.
-
-    Args:
-        backward: False evaluates only; there are no gradients then.
-        keep_net_inputs: every layer's net input stands in an array of its own, for whoever wants to look at it.
-        noise: dropout and input noise.
-        class_weights: (n_classes,) what a row of each class weighs, beside its own weight.
-
-    Raises:
-        UserError: another number of dropout rates than there are hidden layers.
-
-    Attributes:
-        gradients: the flat buffer of the gradient of the last step's summed loss.
-        total: (1,) float64 on the device, the weighted loss summed over the batches since `mean_loss` was read.
-        rows: how many rows without weights those batches had. weight: (1,) float64, what the others weighed.
-        weighed: whether these rows weighed anything when `mean_loss` was last read: else the mean is NaN.
-        signals: the arrays of each layer, as the last batch left them.
-        losses: (batch_size, n) likewise its loss values, weighed; n is 1, or as many as there are targets.
-        last_weights: (rows,) what the rows of the last batch weighed, None where each weighed 1.
-    """
-
-    def __init__(
-        self,
-        network: Network,
-        loss: Loss,
-        batch_size: int,
-        *,
-        backward: bool = True,
-        keep_net_inputs: bool = False,
-        noise: Noise | None = None,
-        class_weights: np.ndarray | None = None,
-    ) -> None:
-        backend, hidden = network.backend, len(network.layers) - 1
-        if noise is not None and len(noise.dropout) not in (0, hidden):
-            raise UserError(f"{len(noise.dropout)} dropout rates for {hidden} hidden layers; give one a hidden layer")
-        self.network = network
-        self.loss = loss
-        self.noise = noise
-        self.gradients = backend.zeros((network.layout.size if backward else 0,), network.dtype)
-        self._gradient_layers = network.views(self.gradients) if backward else []
-        self._added: tuple[Array, list[Layer]] | None = None  # of a later batch of a step, made when there is one
-        self.signals = network.signals(
-            batch_size, loss, backward=backward, keep_net_inputs=keep_net_inputs, noise=noise
-        )
-        self.losses = backend.zeros((batch_size, loss.losses_width(network.widths[-1])), network.dtype)
-        noisy = noise is not None and noise.on_inputs
-        self._inputs = backend.zeros((batch_size if noisy else 0, network.widths[0]), network.dtype)
-        self._class_weights = None if class_weights is None else backend.to_device(class_weights.astype(network.dtype))
-        self._weights = backend.zeros((0 if class_weights is None else batch_size,), network.dtype)
-        self._parts: dict[int, tuple[list[Signals], Array]] = {batch_size: (self.signals, self.losses)}
-        self._checked: set[tuple[object, ...]] = set()
-        self.total = backend.zeros((1,), np.float64)
-        self.weight = backend.zeros((1,), np.float64)
-        self._weighted = False
-        self.weighed = True
-        self.rows = 0
-        self.last_weights: Array | None = None
-
-    def forward(self, batch: Batch, step: int = 0) -> Array:
-        """The outputs for a batch; adds its loss to `total` and leaves the output layer's delta.
-
-        `step` is the number for which noise is drawn.
-        """
-        weights = batch.weights
-        signature = (
-            batch.inputs.shape,
-            batch.targets.shape,
-            batch.inputs.dtype,
-            batch.targets.dtype,
-            None if weights is None else (weights.shape, weights.dtype),
-        )
-        if signature not in self._checked:
-            self._check(batch)
-            self._checked.add(signature)
-        signals, losses = self._part(batch.n)
-        last, phi = signals[-1], self.network.layers[-1].activation
-        backend = self.network.backend
-        draw = self._draw(batch, step)
-        inputs = batch.inputs
-        if draw is not None and draw.noise.on_inputs:
-            inputs = self._inputs[: batch.n]
-            draw.inputs(backend, batch.inputs, inputs)
-        self.network.forward(inputs, signals, self.loss, draw)
-        backend.output_delta(self.loss, phi, last.net_input, batch.targets, last.output, losses, last.delta)
-        self.last_weights = weights = self._weights_of(batch)
-        if weights is None:
-            self.rows += batch.n
-        else:
-            backend.weigh(weights, losses, last.delta)
-            backend.accumulate(weights, self.weight)
-            self._weighted = True
-        backend.accumulate(losses, self.total)
-        return last.output
-
-    def backward(self, batch: Batch, step: int = 0) -> None:
-        """The gradient of the batch's summed loss, into `gradients`; after `forward` of the same batch and step.
-
-        That of a batch which is not the first of its step is added to what is there.
-        """
-        draw = self._draw(batch, step)
-        inputs = self._inputs[: batch.n] if draw is not None and draw.noise.on_inputs else batch.inputs
-        signals = self._part(batch.n)[0]
-        if batch.place == 0:
-            self.network.backward(inputs, signals, self._gradient_layers, draw)
-            return
-        if self._added is None:
-            flat = self.network.backend.zeros(self.gradients.shape, self.network.dtype)
-            self._added = flat, self.network.views(flat)
-        added, layers = self._added
-        self.network.backward(inputs, signals, layers, draw)
-        self.network.backend.add(self.gradients, added, self.gradients)
-
-    def _weights_of(self, batch: Batch) -> Array | None:
-        """What each row weighs: (rows,), or None where each weighs 1."""
-        if self._class_weights is None:
-            return batch.weights
-        weights = self._weights[: batch.n]
-        self.network.backend.class_weights(batch.targets, self._class_weights, batch.weights, weights)
-        return weights
-
-    def mean_loss(self, *, reset: bool = True) -> float:
-        """The mean loss a row since this was last read, or only looked at (`reset=False`). Waits for the device."""
-        to_host = self.network.backend.to_host
-        weight = self.rows + (float(to_host(self.weight)[0]) if self._weighted else 0.0)
-        mean = float(to_host(self.total)[0]) / weight if weight else float("nan")
-        self.weighed = weight > 0
-        if reset:
-            self.forget_loss()
-        return mean
-
-    def state(self) -> dict[str, Any]:
-        """What `mean_loss` is computed from, fit for JSON. Waits for the device."""
-        to_host = self.network.backend.to_host
-        total, weight = (float(to_host(array)[0]) for array in (self.total, self.weight))
-        return {"total": total, "weight": weight, "rows": self.rows, "weighted": self._weighted}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on as the objective did that gave this state."""
-        self.total.fill(state["total"])
-        self.weight.fill(state["weight"])
-        self.rows, self._weighted = state["rows"], state["weighted"]
-
-    def forget_loss(self) -> None:
-        """The sums of `mean_loss` begin anew."""
-        self.total.fill(0)
-        self.rows = 0
-        if self._weighted:
-            self.weight.fill(0)
-            self._weighted = False
-
-    def _draw(self, batch: Batch, step: int) -> Draw | None:
-        return None if self.noise is None else Draw(self.noise, step, batch.place)
-
-    def _check(self, batch: Batch) -> None:
-        """Raises ValueError where a batch does not fit: a kernel would broadcast it, or read beyond its end."""
-        widths, dtype, groups = self.network.widths, self.network.dtype, self.loss.groups
-        inputs, targets, n_targets = batch.inputs, batch.targets, widths[-1] // groups
-        if widths[-1] != groups * n_targets:
-            raise ValueError(f"{self.loss.name} has {groups} outputs a target, the network has {widths[-1]} in all")
-        if inputs.shape != (batch.n, widths[0]) or inputs.dtype != dtype:
-            raise ValueError(f"inputs must be (rows, {widths[0]}) {dtype}, not {inputs.shape} {inputs.dtype}")
-        if batch.weights is not None and (batch.weights.shape != (batch.n,) or batch.weights.dtype != dtype):
-            raise ValueError(f"weights must be (rows,) {dtype}, not {batch.weights.shape} {batch.weights.dtype}")
-        if batch.n > len(self.losses):
-            raise ValueError(f"a batch of {batch.n} rows; the arrays were made for {len(self.losses)}")
-        classes = self.loss.targets == "classes" and targets.shape == (batch.n,) and targets.dtype == np.int64
-        if not classes and (targets.shape != (batch.n, n_targets) or targets.dtype != dtype):
-            wanted = f"(rows, {n_targets}) {dtype}" + (", or (rows,) int64" if self.loss.targets == "classes" else "")
-            raise ValueError(f"targets must be {wanted}, not {targets.shape} {targets.dtype}")
-
-    def _part(self, n: int) -> tuple[list[Signals], Array]:
-        """The arrays for n rows: views of the full ones, kept, for the shorter last batch of an epoch."""
-        if n not in self._parts:
-            self._parts[n] = ([signal.rows(n) for signal in self.signals], self.losses[:n])
-        return self._parts[n]
+# So many batches are worked on where they lie: those of a training lie in the same arrays again and again. What comes
+# from elsewhere, each time perhaps from other arrays, is copied into arrays of the step's own.
+PLACES = 2
+# Parameters for each worker that takes part in an update, at least.
+UPDATED = 2**17
 
 
 class Step:
@@ -225,52 +60,181 @@ class Step:
         average: Average | None = None,
         watch: bool = True,
     ) -> None:
-        backend = objective.network.backend
+        network, backend = objective.network, objective.network.backend
         self.objective = objective
         self.optimizer = optimizer
         self.average = average
+        self._backend = backend
         self._clip_norm = clip_norm
         self._max_norm = max_norm
-        self._rows = 0  # of the step so far
-        self._weight = backend.zeros((1,), np.float64)
         self._squares = backend.zeros((1,), np.float64)
-        self._factor = backend.zeros((1,), objective.network.dtype)
+        self._factor = backend.zeros((1,), network.dtype)
         self.flag: Array | None = backend.to_device(np.full(1, -1)) if watch else None
+        self._steps = backend.zeros((1,), np.int64)  # taken so far, on the device
+        self._counted = 0  # what it is
+        self._part_rows, workers = backend.division(network.widths, objective.batch_size)
+        own = objective if self._part_rows >= objective.batch_size else objective.in_parts(self._part_rows)
+        others = [objective.like(self._part_rows) for _ in range(workers - 1)]
+        self._shares = [Share(each, self._steps) for each in (own, *others)]
+        self._rows = self._used = 0  # of the step so far: its rows, and how many shares have a gradient of it
+        self._recorded: dict[tuple[object, ...], Action] = {}
+        self._plans: dict[tuple[object, ...], list[list[_Part]]] = {}
+        self._places: dict[tuple[int, ...], Batch] = {}
 
     def __call__(self, batch: Batch) -> None:
-        objective, backend, step = self.objective, self.objective.network.backend, self.optimizer.steps
-        objective.forward(batch, step)
-        objective.backward(batch, step)
+        objective, optimizer = self.objective, self.optimizer
+        objective.check(batch)
         if batch.place == 0:
-            self._rows = 0
+            self._rows = self._used = 0
         self._rows += batch.n
-        weights = objective.last_weights
-        if weights is not None:
-            if batch.place == 0:
-                self._weight.fill(0)
-            backend.accumulate(weights, self._weight)
+        if self._counted != optimizer.steps:
+            self._counted = optimizer.steps
+            self._backend.fill(self._steps, self._counted)
         if batch.last:
-            self._update(weighted=weights is not None)
+            optimizer.begin(1.0 if objective.weighs(batch) else 1 / self._rows)  # 1 / total weight
+        if batch.n <= self._part_rows:
+            self._at_one_go(batch)
+        else:
+            self._in_parts(batch)
+        objective.count(batch)
+        if batch.last:
+            self._counted += 1
+            if self.average is not None:
+                self.average.begun = True
 
-    def _update(self, weighted: bool) -> None:
-        network, backend, gradients = self.objective.network, self.objective.network.backend, self.objective.gradients
-        scale, factor = (1.0 if weighted else 1 / self._rows), None  # 1 / total weight
-        if weighted or self._clip_norm:
-            squares, factor = None, self._factor
+    # How a batch is worked on
+
+    def _at_one_go(self, batch: Batch) -> None:
+        """A batch that is not cut: its gradient and, where it is the step's last, the update, in one recording."""
+        share, used = self._shares[0], max(1, self._used)
+        place = tuple(map(id, batch.filled))
+        if place not in self._places and len(self._places) < PLACES:
+            self._places[place] = batch  # and so the arrays live on, and no others are taken for them
+        if place not in self._places:
+            batch, place = share.take(batch, 0, batch.n), ()
+        kind = (place, batch.n, batch.place if self._draws else 0, self._used > 0, batch.weights is not None)
+
+        def run() -> None:
+            share.gradient(batch, add=self._used > 0)
+            if batch.last:
+                for (action,) in self._phases(batch, used, 1):
+                    action()
+
+        self._record(("at one go", kind, batch.last and self._kind_of_update(used)), run)()
+        self._used = used
+
+    def _in_parts(self, batch: Batch) -> None:
+        """A batch that is cut: each worker takes its parts one after the other, in arrays of its own."""
+        place = batch.place if self._draws else 0
+        kind = (batch.n, place, min(batch.place, 1), self._used, batch.weights is not None)
+        if kind not in self._plans:
+            self._plans[kind] = self._plan(batch, kind)
+        plan = self._plans[kind]
+        self._backend.together([partial(_work, parts, batch) for parts in plan])
+        self._used = max(self._used, len(plan))
+        if batch.last:
+            self._update(batch)
+
+    def _plan(self, batch: Batch, kind: tuple[object, ...]) -> list[list[_Part]]:
+        """The parts of a batch for each worker, and what each does with them."""
+        workers = self._backend.division(self.objective.network.widths, batch.n).workers
+        plan: list[list[_Part]] = []
+        for worker, share in enumerate(self._shares[:workers]):
+            parts: list[_Part] = []
+            for start, end in _cut(batch.n, workers, worker, self._part_rows):
+                own = replace(share.part(batch, end - start), place=batch.place + start)
+                add = bool(parts) or worker < self._used
+                run = partial(share.gradient, own, add=add)
+                key = ("part", worker, own.n, own.place if self._draws else 0, add, batch.weights is not None)
+                parts.append(_Part(start, end, share, self._record(key, run, worker)))
+            plan.append(parts)
+        return plan
+
+    @property
+    def _draws(self) -> bool:
+        """Whether what is done depends on the place of a batch in the step."""
+        return self.objective.noise is not None
+
+    def _record(self, key: tuple[object, ...], run: Action, worker: int = 0) -> Action:
+        """What was recorded under that key; if nothing was, what `run` does."""
+        if key not in self._recorded:
+            self._recorded[key] = self._backend.record(run, worker)
+        return self._recorded[key]
+
+    # The update
+
+    def _update(self, batch: Batch) -> None:
+        """The update after a batch that was cut: by as many workers, each for a range of the parameters."""
+        used, n = self._used, len(self.objective.gradients)
+        workers = max(1, min(len(self._shares), n // UPDATED))
+        phases = self._phases(batch, used, workers)
+        kind = self._kind_of_update(used)
+        for k, phase in enumerate(phases):
+            self._backend.together(
+                [self._record(("update", k, worker, kind), run, worker) for worker, run in enumerate(phase)]
+            )
+
+    def _kind_of_update(self, used: int) -> tuple[object, ...]:
+        average = self.average
+        return used, self._rows if self._clip_norm else 0, average and (id(average), average.begun)
+
+    def _phases(self, batch: Batch, used: int, workers: int) -> list[list[Action]]:
+        """The update of a step whose gradients stand in the first shares: what must be done before what.
+
+        What stands in one phase can be done at once, by so many workers, each on a range of the parameters.
+        """
+        objective, backend, optimizer, flag = self.objective, self._backend, self.optimizer, self.flag
+        network, gradients, average, weighted = (
+            objective.network,
+            objective.gradients,
+            self.average,
+            objective.weighs(batch),
+        )
+        first, *others = self._shares[:used]
+        scaled = weighted or self._clip_norm > 0
+        factor = self._factor if scaled else None
+
+        def sum_totals() -> None:
+            for share in others:
+                first.add_totals(share, weighted)
+
+        def sum_gradients(part: slice) -> None:
+            for share in others:
+                backend.add(gradients[part], share.objective.gradients[part], gradients[part])
+            if flag is not None:
+                backend.watch(gradients[part], objective.total, self._steps, flag)
+
+        def clip() -> None:
+            squares = None
             if self._clip_norm:
                 squares = self._squares
-                squares.fill(0)
+                backend.fill(squares, 0)
                 backend.accumulate(gradients, squares, squares=True)
-            backend.step_factor(scale, self._weight if weighted else None, squares, self._clip_norm, factor)
-        flag = self.flag
-        if flag is not None:
-            backend.watch(gradients, self.objective.total, self.optimizer.steps + 1, flag)
-        self.optimizer.step(gradients, scale, factor, flag)
-        if self._max_norm:
-            for layer in network.layers[:-1]:
-                backend.limit_norms(layer.weights, self._max_norm, flag)
-        if self.average is not None:
-            self.average.add(network.parameters, flag)
+            weight = first.weight if weighted else None
+            backend.step_factor(1.0 if weighted else 1 / self._rows, weight, squares, self._clip_norm, self._factor)
+
+        def change(part: slice) -> None:
+            optimizer.update(gradients, factor, flag, part)
+            if average is not None and not self._max_norm:
+                average.add(network.parameters, flag, part)
+
+        def end() -> None:
+            if self._max_norm:
+                for layer in network.layers[:-1]:
+                    backend.limit_norms(layer.weights, self._max_norm, flag)
+                if average is not None:
+                    average.add(network.parameters, flag)
+            backend.advance(self._steps)
+
+        size = -(-len(gradients) // (workers * ALIGNMENT)) * ALIGNMENT
+        parts = [slice(start, start + size) for start in range(0, len(gradients), size)]
+        return [
+            *([[sum_totals]] if others else []),
+            [partial(sum_gradients, part) for part in parts],
+            *([[clip]] if scaled else []),
+            [partial(change, part) for part in parts],
+            [end],
+        ]
 
     def diverged(self) -> int | None:
         """The number of the first step that went wrong, as metrics count them: the first step is 1; None: all is well.
@@ -279,31 +243,34 @@ class Step:
         """
         if self.flag is None:
             return None
-        step = int(self.objective.network.backend.to_host(self.flag)[0])
+        step = int(self._backend.to_host(self.flag)[0])
         return step if step >= 0 else None
 
     def reset_flag(self) -> None:
         """Steps change parameters again, for whoever has set all back; the loss so far is forgotten."""
         self.objective.forget_loss()
         if self.flag is not None:
-            self.flag.fill(-1)
+            self._backend.fill(self.flag, -1)
 
 
-class Average:
-    """An exponential moving average of a network's parameters: average += (1 - decay) (parameters - average).
+class _Part(NamedTuple):
+    """Rows of a batch for a worker, who takes them into the arrays of its share; and what is then done."""
 
-    It begins with the parameters after the first step (Polyak and Juditsky, 1992, with weights that decay).
+    start: int
+    end: int
+    share: Share
+    action: Action
 
-    Attributes:
-        network: the network with the averaged parameters.
-    """
 
-    def __init__(self, network: Network, decay: float) -> None:
-        self.network = network.over(network.backend.zeros(network.parameters.shape, network.dtype))
-        self._rest = 1 - decay
-        self.begun = False  # whether there is a mean yet
+def _work(parts: list[_Part], batch: Batch) -> None:
+    for part in parts:
+        part.share.take(batch, part.start, part.end)
+        part.action()
 
-    def add(self, parameters: Array, flag: Array | None = None) -> None:
-        """Brings the average up to date after a step; not where the `flag` of `Backend.watch` is set."""
-        self.network.backend.average(parameters, self.network.parameters, self._rest if self.begun else 1.0, flag)
-        self.begun = True
+
+def _cut(n: int, workers: int, worker: int, most: int) -> list[tuple[int, int]]:
+    """Of n rows those of a worker, in parts of `most` rows at most, of about the same size."""
+    begin, end = n * worker // workers, n * (worker + 1) // workers
+    parts = -(-(end - begin) // most)
+    cuts = [begin + (end - begin) * k // parts for k in range(parts + 1)]
+    return list(pairwise(cuts))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gpu_bp.average import Average
 from gpu_bp.backends import Backend
 from gpu_bp.build import build_batches, build_network, build_objective
 from gpu_bp.config import Config
@@ -27,7 +28,7 @@ from gpu_bp.model import Model
 from gpu_bp.optimizer import Optimizer
 from gpu_bp.schedule import Schedule
 from gpu_bp.selection import Selection
-from gpu_bp.step import Average, Step
+from gpu_bp.step import Step
 
 
 class Trainer:

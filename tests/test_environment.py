@@ -19,7 +19,7 @@ from cuda_on_cpu.fake_cupy import FakeCupy
 from threadpoolctl import threadpool_limits
 
 from gpu_bp import NumpyBackend
-from gpu_bp.backends import Backend, numpy_backend
+from gpu_bp.backends import Backend, host_libraries
 from gpu_bp.environment import differences, environment
 
 SHOW = """
@@ -100,7 +100,8 @@ def test_what_cuda_does_not_tell_is_unknown() -> None:
 
 
 def test_what_cannot_be_found_out_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numpy_backend, "threadpool_info", nothing)
+    monkeypatch.setattr(host_libraries, "ThreadpoolController", nothing)
+    monkeypatch.setattr(host_libraries, "blas_library", host_libraries.blas_library.__wrapped__)
     monkeypatch.setattr(np.lib.introspect, "opt_func_info", nothing)
     monkeypatch.setattr("gpu_bp.environment.metadata.version", nothing)
     monkeypatch.setattr("platform.processor", lambda: "")

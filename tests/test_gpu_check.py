@@ -48,7 +48,7 @@ def test_data_that_are_not_here_do_not_pass(tmp_path: Path, monkeypatch: pytest.
     ("fault", "message"),
     [
         (lambda *arguments: None, "does not pass"),
-        (lambda self, activation, delta, *rest: delta.fill(np.nan), "diverged"),
+        (lambda self, activation, delta, *rest: self.fill(delta, np.nan), "diverged"),
         (lambda *arguments: [][1], "IndexError"),
     ],
 )

@@ -109,7 +109,7 @@ def test_dropout_is_a_function_of_seed_step_layer_and_place(backend: Backend) ->
 
 def test_the_share_that_is_left_out(backend: Backend) -> None:
     x = backend.to_device(np.ones((300, 1000)))
-    backend.dropout(1, element_of_step(7, 2, 12), 0.3, x, x)
+    backend.dropout(1, backend.to_device(np.array([7])), element_of_step(0, 2, 12), 0.3, x, x)
     kept = backend.to_host(x)
     np.testing.assert_allclose(np.unique(kept), [0, 1 / 0.7], rtol=1e-15)
     deviation = np.sqrt(0.3 * 0.7 / 300_000)
@@ -120,9 +120,8 @@ def test_the_share_that_is_left_out(backend: Backend) -> None:
 def test_input_noise(backend: Backend) -> None:
     inputs = np.random.default_rng(3).standard_normal((9, 5))
     x, out = backend.to_device(inputs), backend.zeros((9, 5), np.float64)
-    start = element_of_step(2, 0, 15)
-    backend.input_noise(8, start, 0.5, x, out)
-    expected = inputs + 0.5 * normals(8, Purpose.INPUT_NOISE, start, 45).reshape(9, 5)
+    backend.input_noise(8, backend.to_device(np.array([2])), 15, 0.5, x, out)
+    expected = inputs + 0.5 * normals(8, Purpose.INPUT_NOISE, element_of_step(2, 0, 15), 45).reshape(9, 5)
     np.testing.assert_allclose(backend.to_host(out), expected, rtol=1e-13, atol=1e-15)
     np.testing.assert_array_equal(backend.to_host(x), inputs)
 

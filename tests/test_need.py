@@ -70,7 +70,8 @@ class Measured(NumpyBackend):
         """What it keeps for itself."""
         return sum(
             array.nbytes
-            for scratch in self._scratch.values()
+            for kept in self._scratch_of.values()
+            for scratch in kept.values()
             for array in vars(scratch).values()
             if isinstance(array, np.ndarray)
         )

@@ -12,8 +12,9 @@ from update_rules import PARAMETERS, VARIANTS
 from gpu_bp import Network, Optimizer, registry
 from gpu_bp.backends import NumpyBackend
 from gpu_bp.data.source import Batch
+from gpu_bp.objective import Objective
 from gpu_bp.schedule import constant
-from gpu_bp.step import Objective, Step
+from gpu_bp.step import Step
 
 torch = pytest.importorskip("torch", reason="PyTorch is the reference of these tests")
 pytestmark = pytest.mark.reference

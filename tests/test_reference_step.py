@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from gpu_bp import Batch, Network, Objective, Optimizer, Step, registry
+from gpu_bp.average import Average
 from gpu_bp.backends import Backend
-from gpu_bp.step import Average
 
 torch = pytest.importorskip("torch", reason="PyTorch is the reference of these tests")
 pytestmark = pytest.mark.reference

@@ -9,10 +9,10 @@ import pytest
 from conftest import random_targets
 
 from gpu_bp import Batch, Network, Objective, Optimizer, Step, registry
+from gpu_bp.average import Average
 from gpu_bp.backends import Backend
 from gpu_bp.noise import Noise
 from gpu_bp.spec import FusedLoss
-from gpu_bp.step import Average
 
 ROWS = 12
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from gpu_bp import registry
-from gpu_bp.spec import Flag, Parameter, Update
+from gpu_bp.backends.base import Numbers
+from gpu_bp.spec import Flag, Parameter, Penalty, Update
 
 
 def variants() -> dict[str, Update]:
@@ -156,3 +158,18 @@ RULES: dict[str, Any] = {
     "lion": _lion,
     "rprop": _rprop,
 }
+
+
+def numbers(
+    backend: Any,
+    record: Update,
+    penalties: Sequence[Penalty],
+    scale: float,
+    scalars: dict[str, float],
+    dtype: Any = "f",
+) -> Numbers:
+    """What `Backend.update` reads: the scale, and of the scalars by name those of the penalties and the rule."""
+    names = [*(penalty.name for penalty in penalties), *record.scalar_names]
+    made: Numbers = backend.numbers(1 + len(names), dtype)
+    made.set((scale, *(scalars[name] for name in names)))
+    return made

@@ -6,14 +6,30 @@ written into arrays that the caller owns. Shapes and dtypes are the caller's pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from gpu_bp.formula import Program
 from gpu_bp.registry import Permutations, Purpose
 from gpu_bp.spec import Activation, Array, Loss, Penalty, RowActivation, Update
+
+Action = Callable[[], None]
+
+
+class Division(NamedTuple):
+    """How a step's rows are worked on: so many at a time, by so many workers at once."""
+
+    rows: int
+    workers: int
+
+
+class Numbers(Protocol):
+    """A few numbers that the host changes from step to step, where what is recorded finds them."""
+
+    def set(self, values: Sequence[float]) -> None:
+        """What is asked of the device from here on reads these values. Does not wait for the device."""
 
 
 class Backend(Protocol):
@@ -45,6 +61,32 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Waits until the device has done all that it was given."""
+
+    # doing the same again and again: what is recorded works on the same arrays, as they then are
+
+    def record(self, run: Action, worker: int = 0) -> Action:
+        """Nothing is done yet: what this gives does what `run` asks of the backend, at the least cost for the host.
+
+        Two may run at once where they were recorded for different workers.
+        """
+
+    def together(self, actions: Sequence[Action]) -> None:
+        """Runs what was recorded for worker 0, 1, ..., all at once; returns when all have ended."""
+
+    def division(self, widths: Sequence[int], rows: int) -> Division:
+        """How to work on the rows of a step of a network of these widths; it depends on nothing else."""
+
+    def numbers(self, count: int, dtype: Any) -> Numbers:
+        """So many numbers, for arithmetic in that dtype."""
+
+    def copy(self, array: Array, out: Array) -> None:
+        """out = array."""
+
+    def fill(self, array: Array, value: float) -> None:
+        """All elements of the array become that value."""
+
+    def advance(self, counter: Array) -> None:
+        """counter, (1,) int64, becomes one more."""
 
     def gather(self, table: Array, rows: Array, out: Array) -> None:
         """out = table[rows]; rows are int64 row numbers on the device."""
@@ -117,14 +159,15 @@ class Backend(Protocol):
 
     # what only training does
 
-    def dropout(self, seed: int, start: int, rate: float, x: Array, out: Array) -> None:
+    def dropout(self, seed: int, step: Array, start: int, rate: float, x: Array, out: Array) -> None:
         """out = x / (1 - rate), but 0 for the share `rate` of the elements; which, says the stream from `start` on.
 
-        `out` may be the same array as `x`. See `gpu_bp.kernels.random.dropout`.
+        `start` is an element of step 0, and its like of step number `step`, (1,) int64, is taken (see
+        `gpu_bp.kernels.random.element_of_step`). `out` may be the same array as `x`.
         """
 
-    def input_noise(self, seed: int, start: int, sd: float, x: Array, out: Array) -> None:
-        """out = x + sd * standard normals, those of the stream from element `start` on."""
+    def input_noise(self, seed: int, step: Array, start: int, sd: float, x: Array, out: Array) -> None:
+        """out = x + sd * standard normals, those of the stream from element `start` of the step on."""
 
     def step_factor(self, scale: float, weight: Array | None, squares: Array | None, most: float, out: Array) -> None:
         """out (1,) = what the summed gradient, times scale, is to be multiplied with for the mean gradient.
@@ -137,8 +180,10 @@ class Backend(Protocol):
     # Whether a training still goes: a `flag` (1,) int64 on the device is negative as long as it does, then it is the
     # number of the first step that went wrong. What takes a flag does nothing once it is set.
 
-    def watch(self, gradients: Array, total: Array, step: int, flag: Array) -> None:
-        """flag = step where an element of gradients (n,), or total (1,) float64, is not finite; one that is set stays.
+    def watch(self, gradients: Array, total: Array, steps: Array, flag: Array) -> None:
+        """Where an element of gradients (n,), or total (1,) float64, is not finite, flag = steps + 1; one set stays.
+
+        `steps` (1,) int64 counts those taken before.
 
         Does not wait for the device.
         """
@@ -156,16 +201,15 @@ class Backend(Protocol):
         parameters: Array,
         gradients: Array,
         state: Sequence[Array],
-        scale: float,
-        scalars: Mapping[str, float],
+        numbers: Numbers,
         n_weights: int,
         factor: Array | None = None,
         flag: Array | None = None,
     ) -> None:
-        """One step of an update rule over the flat buffers, for the mean gradient scale * factor * gradients.
+        """One step of an update rule over flat buffers, for the mean gradient scale * factor * gradients.
 
-        Penalties come before the rule, in their order; `scalars` has their numbers by their names beside the rule's.
-        Those of weights act on the first `n_weights` parameters alone. `factor` is (1,), on the device.
+        Penalties come before the rule, in their order. `numbers` are the scale, the penalties' and the rule's scalars.
+        Penalties of weights act on the first `n_weights` parameters alone. `factor` is (1,), on the device.
         """
 
     # random numbers and generated rows

@@ -155,6 +155,9 @@ def grouped_loss(
 
 # Elements of a stream: where they begin, and how many.
 _FILL = "uint64 c0, uint64 c1, uint64 c2, uint64 c3, uint64 seed, uint64 purpose, int32 lane, int64 count"
+# Likewise of a step, whose number stands on the device.
+_FILL_OF_STEP = _FILL.replace("uint64 c3", "raw int64 step")
+_OF_STEP = "const unsigned long long c3 = step[0];"
 
 
 @functools.cache
@@ -175,6 +178,18 @@ def chunk_sums(of: str = "x[k]") -> Kernel:
         """,
         f"gpu_bp_chunk_{names[of]}",
     )
+
+
+@functools.cache
+def copy() -> Kernel:
+    """out = x."""
+    return Kernel("T x", "T out", "out = x", "gpu_bp_copy")
+
+
+@functools.cache
+def advance() -> Kernel:
+    """One more."""
+    return Kernel("", "int64 counter", "counter += 1", "gpu_bp_advance")
 
 
 @functools.cache
@@ -237,9 +252,9 @@ def _unless_set(text: str) -> str:
 def watch() -> Kernel:
     """The flag becomes the step's number where something is not finite: all threads that write it write the same."""
     return Kernel(
-        "T gradient, raw float64 total, int64 step",
+        "T gradient, raw float64 total, raw int64 steps",
         "raw int64 flag",
-        _unless_set("if (!isfinite(gradient) || (i == 0 && !isfinite(total[0]))) flag[0] = step;"),
+        _unless_set("if (!isfinite(gradient) || (i == 0 && !isfinite(total[0]))) flag[0] = steps[0] + 1;"),
         "gpu_bp_watch",
     )
 
@@ -260,7 +275,11 @@ def average(with_flag: bool = False) -> Kernel:
 def dropout() -> Kernel:
     """Four elements a thread, as in `fill`."""
     return Kernel(
-        f"{_FILL}, raw T values, float64 rate, T keep", "raw T out", CUDA_DROPOUT, "gpu_bp_dropout", CUDA_RANDOM
+        f"{_FILL_OF_STEP}, raw T values, float64 rate, T keep",
+        "raw T out",
+        _OF_STEP + CUDA_DROPOUT,
+        "gpu_bp_dropout",
+        CUDA_RANDOM,
     )
 
 
@@ -268,7 +287,11 @@ def dropout() -> Kernel:
 def input_noise() -> Kernel:
     """Four elements a thread, as in `fill`."""
     return Kernel(
-        f"{_FILL}, raw T values, float64 sd", "raw T out", CUDA_INPUT_NOISE, "gpu_bp_input_noise", CUDA_RANDOM
+        f"{_FILL_OF_STEP}, raw T values, float64 sd",
+        "raw T out",
+        _OF_STEP + CUDA_INPUT_NOISE,
+        "gpu_bp_input_noise",
+        CUDA_RANDOM,
     )
 
 

@@ -11,14 +11,14 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from gpu_bp.backends import cuda_kernels as kernels
 from gpu_bp.backends import cuda_rows
-from gpu_bp.backends.base import or_unknown
+from gpu_bp.backends.base import Action, Division, Numbers, or_unknown
 from gpu_bp.backends.cuda_rows import CUDA_NAMES
 from gpu_bp.formula import Program
 from gpu_bp.registry import Permutations, Purpose
@@ -105,11 +105,11 @@ class Scalars:
         self._copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]  # of each half
         self.device = cupy.empty(count, dtype)
 
-    def set(self, values: Sequence[float]) -> Array:
-        """The device array, with these values; nothing is copied where they are the last ones."""
+    def set(self, values: Sequence[float]) -> None:
+        """The device array gets these values; nothing is copied where they are the last ones."""
         wanted = np.array(values, self._rows.dtype)
         if np.array_equal(wanted, self._rows[self._row]):
-            return self.device
+            return
         self._row = (self._row + 1) % self.ROWS
         half, place = divmod(self._row, self.ROWS // 2)
         if place == 0:  # all rows of the other half are on their way: wait for this one's last time round
@@ -117,7 +117,6 @@ class Scalars:
             self._copied[half].synchronize()
         self._rows[self._row] = wanted
         self.device.data.copy_from_host_async(self._rows[self._row].ctypes.data, self.device.nbytes)
-        return self.device
 
 
 GENERATED = 2**24  # numbers of a stage that are generated at once: 128 MiB
@@ -165,7 +164,6 @@ class CupyBackend:
         properties = cupy.cuda.runtime.getDeviceProperties(self._device.id)
         self.device = properties["name"].decode()
         self._partial: dict[tuple[int, Any], Array] = {}
-        self._scalars: dict[tuple[int, Any], Scalars] = {}
         self.resident_bytes = cupy.cuda.runtime.memGetInfo()[1] // 2
         self._generators: weakref.WeakKeyDictionary[Program, Generator] = weakref.WeakKeyDictionary()
         self._uploads = cupy.cuda.Stream(non_blocking=True)
@@ -193,6 +191,28 @@ class CupyBackend:
 
     def synchronize(self) -> None:
         cupy.cuda.get_current_stream().synchronize()
+
+    def record(self, run: Action, worker: int = 0) -> Action:
+        return run
+
+    def together(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            action()
+
+    def division(self, widths: Sequence[int], rows: int) -> Division:
+        return Division(rows, 1)
+
+    def numbers(self, count: int, dtype: Any) -> Scalars:
+        return Scalars(count, np.dtype(dtype))
+
+    def copy(self, array: Array, out: Array) -> None:
+        compiled(kernels.copy())(array, out)
+
+    def fill(self, array: Array, value: float) -> None:
+        array.fill(value)
+
+    def advance(self, counter: Array) -> None:
+        compiled(kernels.advance())(counter)
 
     def gather(self, table: Array, rows: Array, out: Array) -> None:
         cupy.take(table, rows, axis=0, out=out)
@@ -295,19 +315,19 @@ class CupyBackend:
         n = 1 if targets.ndim == 1 else targets.shape[1]
         compiled(kernels.class_weights(targets.ndim == 1, weights is not None))(targets, table, n, *own, out)
 
-    def dropout(self, seed: int, start: int, rate: float, x: Array, out: Array) -> None:
-        self._fill(kernels.dropout(), seed, Purpose.DROPOUT, start, out, x, rate, 1 / (1 - rate))
+    def dropout(self, seed: int, step: Array, start: int, rate: float, x: Array, out: Array) -> None:
+        self._fill(kernels.dropout(), seed, Purpose.DROPOUT, start, out, x, rate, 1 / (1 - rate), step=step)
 
-    def input_noise(self, seed: int, start: int, sd: float, x: Array, out: Array) -> None:
-        self._fill(kernels.input_noise(), seed, Purpose.INPUT_NOISE, start, out, x, sd)
+    def input_noise(self, seed: int, step: Array, start: int, sd: float, x: Array, out: Array) -> None:
+        self._fill(kernels.input_noise(), seed, Purpose.INPUT_NOISE, start, out, x, sd, step=step)
 
     def step_factor(self, scale: float, weight: Array | None, squares: Array | None, most: float, out: Array) -> None:
         total = 1.0 if weight is None else weight
         length, limit = (0.0, math.inf) if squares is None else (squares, most)
         compiled(kernels.step_factor())(scale, total, length, limit, out)
 
-    def watch(self, gradients: Array, total: Array, step: int, flag: Array) -> None:
-        compiled(kernels.watch())(gradients, total, step, flag)
+    def watch(self, gradients: Array, total: Array, steps: Array, flag: Array) -> None:
+        compiled(kernels.watch())(gradients, total, steps, flag)
 
     def limit_norms(self, weights: Array, most: float, flag: Array | None = None) -> None:
         source = cuda_rows.limit_norm_source(CUDA_NAMES[weights.dtype], flag is not None)
@@ -323,18 +343,12 @@ class CupyBackend:
         parameters: Array,
         gradients: Array,
         state: Sequence[Array],
-        scale: float,
-        scalars: Mapping[str, float],
+        numbers: Numbers,
         n_weights: int,
         factor: Array | None = None,
         flag: Array | None = None,
     ) -> None:
-        names = (*(penalty.name for penalty in penalties), *record.scalar_names)
-        values = (scale, *(scalars[name] for name in names))
-        key = (len(values), parameters.dtype)
-        if key not in self._scalars:
-            self._scalars[key] = Scalars(*key)
-        device_scalars = self._scalars[key].set(values)
+        assert isinstance(numbers, Scalars)
         before = tuple((penalty.name, penalty.apply.cuda, penalty.weights_only) for penalty in penalties)
         text = kernels.update(
             record.name,
@@ -346,7 +360,7 @@ class CupyBackend:
             with_flag=flag is not None,
         )
         optional = (*_arguments(flag), *_arguments(factor))
-        compiled(text)(*optional, device_scalars, gradients, n_weights, parameters, *state)
+        compiled(text)(*optional, numbers.device, gradients, n_weights, parameters, *state)
 
     def uniforms(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
         self._fill(kernels.fill(normal=False), seed, purpose, start, out)
@@ -355,13 +369,22 @@ class CupyBackend:
         self._fill(kernels.fill(normal=True), seed, purpose, start, out)
 
     def _fill(
-        self, kernel: kernels.Kernel, seed: int, purpose: Purpose, start: int, out: Array, *arguments: Any
+        self,
+        kernel: kernels.Kernel,
+        seed: int,
+        purpose: Purpose,
+        start: int,
+        out: Array,
+        *arguments: Any,
+        step: Array | None = None,
     ) -> None:
         block, lane = divmod(start, 4)
         # NumPy counts a counter up before it uses it, hence + 1
-        counter = (np.uint64((block + 1) >> shift & 0xFFFFFFFFFFFFFFFF) for shift in (0, 64, 128, 192))
+        c0, c1, c2, c3 = (np.uint64((block + 1) >> shift & 0xFFFFFFFFFFFFFFFF) for shift in (0, 64, 128, 192))
         blocks = -(-(lane + out.size) // 4)
-        compiled(kernel)(*counter, np.uint64(seed), np.uint64(purpose), lane, out.size, *arguments, out, size=blocks)
+        last = c3 if step is None else step  # an element of step 0 has c3 = 0, and its like of step n has n
+        counter = (c0, c1, c2, last, np.uint64(seed), np.uint64(purpose), lane, out.size)
+        compiled(kernel)(*counter, *arguments, out, size=blocks)
 
     def generate(self, program: Program, seed: int, first: int, rows: Array, outputs: Sequence[Array]) -> None:
         if program not in self._generators:

@@ -1,5 +1,8 @@
 """The NumPy backend: the twins of the records, run on slices that fit the cache.
 
+Each operation is a list of calls of NumPy, twins among them, which are made at once, or kept as a recording: to do it
+again is then to make these calls, and nothing else.
+
 Nothing here makes an array after the first call for a shape: products and formulas write into arrays that the
 caller owns, and scratch arrays are kept by shape.
 """
@@ -7,23 +10,22 @@ caller owns, and scratch arrays are kept by shape.
 from __future__ import annotations
 
 import math
-import platform
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_info
 
 from gpu_bp import host_memory
-from gpu_bp.backends.base import or_unknown
+from gpu_bp.backends import host_libraries, host_threads
+from gpu_bp.backends.base import Action, Division, Numbers, or_unknown
 from gpu_bp.formula import Program, evaluate
 from gpu_bp.registry import (
     Permutations,
     Purpose,
     dropout,
+    element_of_step,
     limit_norm,
     normalise,
     normalise_delta,
@@ -70,6 +72,16 @@ def _block_rows(shape: tuple[int, ...]) -> int:
     return max(1, rows) if n <= BLOCK else max(1, BLOCK * rows // n)
 
 
+class HostNumbers:
+    """Numbers that are read where they are: see `gpu_bp.backends.base.Numbers`."""
+
+    def __init__(self, count: int) -> None:
+        self.values: Sequence[float] = (math.nan,) * count
+
+    def set(self, values: Sequence[float]) -> None:
+        self.values = values
+
+
 class NumpyBackend:
     """Arrays in host memory, products by NumPy's BLAS."""
 
@@ -78,12 +90,16 @@ class NumpyBackend:
     read_every = 1
 
     def __init__(self) -> None:
-        self.device = str(or_unknown(_processor))
-        self._scratch: dict[tuple[tuple[int, ...], Any], Scratch] = {}
+        self.device = str(or_unknown(host_libraries.processor))
+        self._workers = host_threads.Workers()
+        self._scratch_of: defaultdict[int, dict[tuple[tuple[int, ...], Any], Scratch]] = defaultdict(dict)
+        self._worker = 0
+        self._calls: list[Action] | None = None  # of what is being recorded
+        self._largest = 0  # of its products, in multiplications
         self._zeros = {np.dtype(name): np.zeros(LOOK, name) for name in ("float32", "float64")}
 
     def libraries(self) -> dict[str, Any]:
-        return {"simd": or_unknown(_simd), **_blas()}
+        return {"simd": or_unknown(host_libraries.simd), **host_libraries.blas()}
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return np.zeros(shape, dtype)
@@ -97,26 +113,63 @@ class NumpyBackend:
     def synchronize(self) -> None:
         pass  # NumPy has done everything when it returns
 
+    def record(self, run: Action, worker: int = 0) -> Action:
+        calls: list[Action] = []
+        self._calls, self._worker, self._largest = calls, worker, 0
+        try:
+            run()
+        finally:
+            self._calls, self._worker = None, 0
+        threads = host_threads.blas_threads(self._largest)
+
+        def play() -> None:
+            for call in calls:
+                call()
+
+        def play_within() -> None:
+            with self._workers.at_most(threads):
+                play()
+
+        return play if self._largest < host_threads.BLAS_SMALL or threads >= self._workers.count else play_within
+
+    def together(self, actions: Sequence[Action]) -> None:
+        self._workers.together(actions)
+
+    def division(self, widths: Sequence[int], rows: int) -> Division:
+        return host_threads.division(widths, rows, self._workers.count)
+
+    def numbers(self, count: int, dtype: Any) -> HostNumbers:
+        return HostNumbers(count)
+
+    def copy(self, array: Array, out: Array) -> None:
+        self._do(np.copyto, out, array)
+
+    def fill(self, array: Array, value: float) -> None:
+        self._do(array.fill, value)
+
+    def advance(self, counter: Array) -> None:
+        self._do(_advance, counter)
+
     def gather(self, table: Array, rows: Array, out: Array) -> None:
         # mode="clip": with "raise", take would write into a copy of out first
-        np.take(table, rows, axis=0, out=out, mode="clip")
+        self._do(np.take, table, rows, axis=0, out=out, mode="clip")
 
     def matmul(self, a: Array, b: Array, out: Array, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
-        np.dot(a.T if transpose_a else a, b.T if transpose_b else b, out=out)
+        self._largest = max(self._largest, a.size * out.shape[1])
+        self._do(np.dot, a.T if transpose_a else a, b.T if transpose_b else b, out)
 
     def activate(
         self, activation: Activation | RowActivation, net_input: Array, biases: Array | None, output: Array
     ) -> None:
-        value = activation.value.numpy
         for (v, y), scratch in self._slices(net_input, output):
             if biases is not None:
-                np.add(v, biases, out=v)
-            value(v, v if output is net_input else y, scratch, **activation.values)
+                self._do(np.add, v, biases, v)
+            self._do(activation.value.numpy, v, v if output is net_input else y, scratch, **activation.values)
 
     def hidden_delta(self, activation: Activation, error: Array, net_input: Array, output: Array, delta: Array) -> None:
         x = output if activation.derivative_from == "output" else net_input
         for (e, x_slice, d), scratch in self._slices(error, x, delta):
-            activation.delta.numpy(e, x_slice, e if delta is error else d, scratch, **activation.values)
+            self._do(activation.delta.numpy, e, x_slice, e if delta is error else d, scratch, **activation.values)
 
     def output_delta(
         self,
@@ -130,100 +183,100 @@ class NumpyBackend:
     ) -> None:
         for (v, d, y, values, e), scratch in self._slices(net_input, target, output, losses, delta):
             if isinstance(loss, FusedLoss):
-                loss.delta.numpy(v, d, y, values, e, scratch, **loss.values)
+                self._do(loss.delta.numpy, v, d, y, values, e, scratch, **loss.values)
             else:
                 assert isinstance(activation, Activation)
                 if isinstance(loss, GroupedLoss):
                     of_targets = self._scratch_like(d)
-                    loss.error_signals.numpy(loss.grouped(y), d, values, loss.grouped(e), of_targets, **loss.values)
+                    grouped = loss.grouped(y), d, values, loss.grouped(e)
+                    self._do(loss.error_signals.numpy, *grouped, of_targets, **loss.values)
                 else:
                     assert isinstance(loss, FreeLoss)
-                    loss.error_signal.numpy(y, d, values, e, scratch, **loss.values)
+                    self._do(loss.error_signal.numpy, y, d, values, e, scratch, **loss.values)
                 x = y if activation.derivative_from == "output" else v
-                activation.delta.numpy(e, x, e, scratch, **activation.values)
+                self._do(activation.delta.numpy, e, x, e, scratch, **activation.values)
 
     def column_sums(self, x: Array, out: Array) -> None:
-        np.add.reduce(x, axis=0, out=out)
+        self._do(np.add.reduce, x, axis=0, out=out)
 
     def accumulate(self, x: Array, total: Array, *, squares: bool = False) -> None:
         if not squares:
-            total[0] += np.add.reduce(x, axis=None)  # pairwise, so float32 is accurate enough within a batch
+            self._do(_add_sum, x.reshape(-1), total)
             return
         for (part,), scratch in self._slices(x):
-            np.multiply(part, part, out=scratch.a)
-            total[0] += np.add.reduce(scratch.a, axis=None)
+            self._do(np.multiply, part, part, scratch.a)
+            self._do(_add_sum, scratch.a, total)
 
     def add(self, a: Array, b: Array, out: Array) -> None:
-        np.add(a, b, out=out)
+        self._do(np.add, a, b, out)
 
     def normalise(self, product: Array, gains: Array, biases: Array | None, scale: Array, net_input: Array) -> None:
         for (x, s, v), scratch in self._slices(product, scale, net_input):
-            normalise.numpy(x, gains, biases, s, v, scratch)
+            self._do(normalise.numpy, x, gains, biases, s, v, scratch)
 
     def normalise_delta(self, delta: Array, normalised: Array, scale: Array, gains: Array) -> None:
         for (d, x, s), scratch in self._slices(delta, normalised, scale):
-            normalise_delta.numpy(d, x, s, gains, scratch)
+            self._do(normalise_delta.numpy, d, x, s, gains, scratch)
 
     def column_dots(self, x: Array, y: Array, out: Array) -> None:
-        np.einsum("ij,ij->j", x, y, out=out)
+        self._do(np.einsum, "ij,ij->j", x, y, out=out)
 
     def weigh(self, weights: Array, losses: Array, delta: Array) -> None:
         for x in (losses, delta):
             for (part, w), scratch in self._slices(x, weights[:, None]):
-                np.equal(w, 0, out=scratch.mask)
-                np.copyto(part, 0, where=scratch.mask)
-                np.multiply(part, w, out=part)
+                self._do(np.equal, w, 0, scratch.mask)
+                self._do(np.copyto, part, 0, where=scratch.mask)
+                self._do(np.multiply, part, w, part)
 
     def class_weights(self, targets: Array, table: Array, weights: Array | None, out: Array) -> None:
         index = targets
         if targets.ndim == 2:
             index = self._scratch_like(targets).row_index
             if targets.shape[1] == 1:
-                np.greater_equal(targets[:, 0], 0.5, out=index, casting="unsafe")
+                self._do(np.greater_equal, targets[:, 0], 0.5, out=index, casting="unsafe")
             else:
-                np.argmax(targets, axis=1, out=index)
-        np.take(table, index, out=out, mode="clip")
+                self._do(np.argmax, targets, axis=1, out=index)
+        self._do(np.take, table, index, out=out, mode="clip")
         if weights is not None:
-            np.multiply(out, weights, out=out)
+            self._do(np.multiply, out, weights, out)
 
-    def dropout(self, seed: int, start: int, rate: float, x: Array, out: Array) -> None:
+    def dropout(self, seed: int, step: Array, start: int, rate: float, x: Array, out: Array) -> None:
         for (x_part, part), scratch in self._slices(x.reshape(-1), out.reshape(-1)):
-            dropout(seed, start, rate, x_part, part, scratch)
+            self._do(_dropout, seed, step, start, rate, x_part, part, scratch)
             start += len(part)
 
-    def input_noise(self, seed: int, start: int, sd: float, x: Array, out: Array) -> None:
+    def input_noise(self, seed: int, step: Array, start: int, sd: float, x: Array, out: Array) -> None:
         for (x_part, part), _ in self._slices(x.reshape(-1), out.reshape(-1)):
-            np.add(x_part, sd * normals(seed, Purpose.INPUT_NOISE, start, len(part)), out=part, casting="unsafe")
+            self._do(_input_noise, seed, step, start, sd, x_part, part)
             start += len(part)
 
     def step_factor(self, scale: float, weight: Array | None, squares: Array | None, most: float, out: Array) -> None:
-        total = 1.0 if weight is None else float(weight[0])
-        mean = 1 / total if total > 0 else 0.0
-        clip = 1.0 if squares is None else most / (math.sqrt(float(squares[0])) * scale * mean + 1e-6)
-        out[0] = mean * min(clip, 1.0)
+        self._do(_step_factor, scale, weight, squares, most, out)
 
-    def watch(self, gradients: Array, total: Array, step: int, flag: Array) -> None:
-        finite = math.isfinite(total.item())
-        for start in range(0, len(gradients), LOOK):
-            part = gradients[start : start + LOOK]
-            # 0 times what is finite is 0, and 0 times anything else is NaN
-            finite = finite and part.dot(self._zeros[part.dtype][: len(part)]) == 0
-        if not (finite or _is_set(flag)):
-            flag[0] = step
+    def watch(self, gradients: Array, total: Array, steps: Array, flag: Array) -> None:
+        # 0 times what is finite is 0, and 0 times anything else is NaN
+        parts = [gradients[start : start + LOOK] for start in range(0, len(gradients), LOOK)]
+        self._do(_watch, [(part, self._zeros[part.dtype][: len(part)]) for part in parts], total, steps, flag)
 
     def limit_norms(self, weights: Array, most: float, flag: Array | None = None) -> None:
-        if _is_set(flag):
-            return
-        for (w,), scratch in self._slices(weights):
-            limit_norm.numpy(w, most, scratch)
+        slices = list(self._slices(weights))
+
+        def run() -> None:
+            for (w,), scratch in slices:
+                limit_norm.numpy(w, most, scratch)
+
+        self._do(_unless_set, flag, run)
 
     def average(self, parameters: Array, average: Array, rest: float, flag: Array | None = None) -> None:
-        if _is_set(flag):
-            return
-        for (w, mean), scratch in self._slices(parameters, average):
-            np.subtract(w, mean, out=scratch.a)
-            scratch.a *= rest
-            mean += scratch.a
+        slices = list(self._slices(parameters, average))
+
+        def run() -> None:
+            for (w, mean), scratch in slices:
+                np.subtract(w, mean, out=scratch.a)
+                scratch.a *= rest
+                mean += scratch.a
+
+        self._do(_unless_set, flag, run)
 
     def update(
         self,
@@ -232,22 +285,38 @@ class NumpyBackend:
         parameters: Array,
         gradients: Array,
         state: Sequence[Array],
-        scale: float,
-        scalars: Mapping[str, float],
+        numbers: Numbers,
         n_weights: int,
         factor: Array | None = None,
         flag: Array | None = None,
     ) -> None:
-        if _is_set(flag):
-            return
+        assert isinstance(numbers, HostNumbers)
         arrays = (parameters, gradients, *state)
-        scale = scale if factor is None else scale * float(factor[0])
-        if not any(penalty.weights_only for penalty in penalties):
-            self._update(record, penalties, arrays, scale, scalars)
-            return
-        on_all = [penalty for penalty in penalties if not penalty.weights_only]
-        for part, acting in ((slice(0, n_weights), penalties), (slice(n_weights, None), on_all)):
-            self._update(record, acting, tuple(x[part] for x in arrays), scale, scalars)
+        acting = list(range(len(penalties)))  # by their places
+        on_all = [k for k in acting if not penalties[k].weights_only]
+        ranges = [(slice(0, n_weights), acting), (slice(n_weights, None), on_all)]
+        if acting == on_all:
+            ranges = [(slice(None), acting)]
+        slices = [
+            (part, scratch, [(penalties[k].apply.numpy, k) for k in which])
+            for range_, which in ranges
+            for part, scratch in self._slices(*(x[range_] for x in arrays))
+            if part[0].size
+        ]
+        names, twin, count = record.scalar_names, record.update.numpy, len(penalties)
+
+        def run() -> None:
+            scale, *values = numbers.values
+            own = dict(zip(names, values[count:], strict=True))
+            if factor is not None:
+                scale *= float(factor[0])
+            for (w, gradient, *rest), scratch, before in slices:
+                np.multiply(gradient, scale, out=scratch.a)
+                for penalty, k in before:
+                    penalty(w, scratch.a, scratch, values[k])
+                twin(w, scratch.a, *rest, scratch, **own)
+
+        self._do(_unless_set, flag, run)
 
     def uniforms(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
         for part in self._parts(len(out)):
@@ -298,20 +367,12 @@ class NumpyBackend:
         step = max(1, 4 * BLOCK // width)
         return (slice(start, min(n, start + step)) for start in range(0, n, step))
 
-    def _update(
-        self,
-        record: Update,
-        penalties: Sequence[Penalty],
-        arrays: tuple[Array, ...],
-        scale: float,
-        scalars: Mapping[str, float],
-    ) -> None:
-        own = {name: scalars[name] for name in record.scalar_names}
-        for (w, gradient, *state), scratch in self._slices(*arrays):
-            np.multiply(gradient, scale, out=scratch.a)
-            for penalty in penalties:
-                penalty.apply.numpy(w, scratch.a, scratch, scalars[penalty.name])
-            record.update.numpy(w, scratch.a, *state, scratch, **own)
+    def _do(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
+        """Calls the function, or keeps the call where something is recorded."""
+        if self._calls is None:
+            function(*arguments, **keywords)
+        else:
+            self._calls.append(partial(function, *arguments, **keywords))
 
     def _slices(self, *arrays: Array) -> Iterator[tuple[tuple[Array, ...], Scratch]]:
         """The arrays cut into blocks of rows, with scratch arrays of the first one's shape."""
@@ -325,46 +386,46 @@ class NumpyBackend:
             yield part, self._scratch_like(part[0])
 
     def _scratch_like(self, array: Array) -> Scratch:
-        key = (array.shape, array.dtype)
-        scratch = self._scratch.get(key)
+        kept, key = self._scratch_of[self._worker], (array.shape, array.dtype)
+        scratch = kept.get(key)
         if scratch is None:
-            scratch = self._scratch[key] = Scratch(*key)
+            scratch = kept[key] = Scratch(*key)
         return scratch
 
 
-# What the backend's results depend on --------------------------------------------------------------------
+# What is called again when a recording is run --------------------------------------------------------------
 
 
-def _processor() -> str:
-    """What the processor calls itself. BLAS chooses its kernels by it, and the blocks that they work on."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:  # another system than Linux
-        names = []
-    return next(filter(None, names), platform.processor() or platform.machine())
+def _advance(counter: Array) -> None:
+    counter[0] += 1
 
 
-def _simd() -> str:
-    """The sets of instructions that NumPy's own loops were chosen for, here and now."""
-    from numpy.lib import introspect  # late: the first NumPy 2 has none
-
-    functions = introspect.opt_func_info().values()
-    return " ".join(sorted({chosen["current"] for signatures in functions for chosen in signatures.values()}))
+def _add_sum(x: Array, total: Array) -> None:
+    total[0] += np.add.reduce(x)  # pairwise, so float32 is accurate enough within a batch
 
 
-def _blas() -> dict[str, Any]:
-    """NumPy's BLAS: what it is called, with its version and the processor it takes this one for; and its threads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as: two OpenMP libraries are loaded, which is no affair of ours
-        loaded = or_unknown(threadpool_info)
-    found = [library for library in loaded if library["user_api"] == "blas"] if loaded != "unknown" else []
-    if not found:  # not one that can be asked, such as Apple's: what NumPy was built with
-        built = or_unknown(lambda: np.show_config(mode="dicts")["Build Dependencies"]["blas"])
-        words = [built.get(key) for key in ("name", "version")] if built != "unknown" else []
-        return {"blas": " ".join(filter(None, words)) or "unknown", "threads": "unknown"}
-    # wheels bring one each, NumPy's in numpy/ or numpy.libs/, and SciPy's is not the one wanted
-    own = str(Path(np.__file__).resolve().parent)
-    found.sort(key=lambda library: (not library["filepath"].startswith(own), library["filepath"]))
-    words = [found[0].get(key) for key in ("internal_api", "version", "architecture")]
-    return {"blas": " ".join(filter(None, words)), "threads": found[0]["num_threads"]}
+def _dropout(seed: int, step: Array, start: int, rate: float, x: Array, out: Array, scratch: Scratch) -> None:
+    dropout(seed, element_of_step(int(step[0]), 0, start), rate, x, out, scratch)
+
+
+def _input_noise(seed: int, step: Array, start: int, sd: float, x: Array, out: Array) -> None:
+    noise = normals(seed, Purpose.INPUT_NOISE, element_of_step(int(step[0]), 0, start), len(x))
+    np.add(x, sd * noise, out=out, casting="unsafe")
+
+
+def _step_factor(scale: float, weight: Array | None, squares: Array | None, most: float, out: Array) -> None:
+    total = 1.0 if weight is None else float(weight[0])
+    mean = 1 / total if total > 0 else 0.0
+    clip = 1.0 if squares is None else most / (math.sqrt(float(squares[0])) * scale * mean + 1e-6)
+    out[0] = mean * min(clip, 1.0)
+
+
+def _watch(parts: Sequence[tuple[Array, Array]], total: Array, steps: Array, flag: Array) -> None:
+    finite = math.isfinite(total.item()) and all(part.dot(zeros) == 0 for part, zeros in parts)
+    if not finite and not _is_set(flag):
+        flag[0] = steps[0] + 1
+
+
+def _unless_set(flag: Array | None, run: Callable[[], object]) -> None:
+    if not _is_set(flag):
+        run()

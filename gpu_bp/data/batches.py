@@ -48,6 +48,7 @@ class Batches:
         self.per_epoch = -(-source.n_rows // self.size)
         self._length = self.per_epoch * self.size if sampling == "replacement" else source.n_rows
         self._arrays = empty(backend, source, self.part_size, dtype)
+        self._parts_of_arrays: dict[int, Batch] = {}
         self._windows: Windows | None = None
         self.asked_rows, self.staged = self.part_size, False
         from_host = source.backend is not backend
@@ -69,7 +70,7 @@ class Batches:
             return
         for start, place, n, last in self._parts(first):
             rows = self._order.rows(epoch, start + place, n)
-            batch = Batch.of([array[:n] for array in self._arrays.filled], rows, place, last)
+            batch = replace(self._first(n), rows=rows, place=place, last=last)
             self._source.fill(rows, batch)
             yield batch
 
@@ -91,20 +92,22 @@ class Batches:
                 if not filled:
                     _, place, size, last = next(parts)
                 n = min(size - filled, end - start)
-                if places is None and n == size:
-                    batch = window.part(start, start + n)  # it lies in the window as it is
-                else:
-                    self._gather(window, start, n, places, self._arrays.part(filled, filled + n))
-                    batch = self._arrays.part(0, size)
+                self._gather(window, start, n, places, self._arrays.part(filled, filled + n))
                 start, filled = start + n, filled + n
                 if filled == size:
                     windows.upload_what_is_read()
-                    yield replace(batch, place=place, last=last)
+                    yield replace(self._first(size), place=place, last=last)
                     filled = 0
+
+    def _first(self, n: int) -> Batch:
+        """The first n rows of the arrays: the same objects again and again, by which a step knows them."""
+        if n not in self._parts_of_arrays:
+            self._parts_of_arrays[n] = self._arrays.part(0, n)
+        return self._parts_of_arrays[n]
 
     def _gather(self, window: Batch, start: int, n: int, places: Array | None, out: Batch) -> None:
         for held, array in zip(window.arrays, out.arrays, strict=True):
             if places is None:
-                array[...] = held[start : start + n]
+                self._backend.copy(held[start : start + n], array)
             else:
                 self._backend.gather(held, places[start : start + n], array)

@@ -68,7 +68,8 @@ def every_kernel(kind: str, dtype: str) -> list[Kernel]:
             for penalties in ([], [*registry.PENALTIES.values()]):
                 for factor, flag in itertools.product((None, b.zeros((1,), dtype)), (None, b.zeros((1,), np.int64))):
                     arrays = (b.zeros((6,), dtype), b.zeros((6,), dtype), state)
-                    b.update(record, penalties, *arrays, 1.0, scalars, 3, factor, flag)
+                    given = update_rules.numbers(b, record, penalties, 1.0, scalars, dtype)
+                    b.update(record, penalties, *arrays, given, 3, factor, flag)
     elif kind == "random numbers":
         doubles, rows = b.zeros((5,), np.float64), b.zeros((2, 5), np.int64)
         b.uniforms(0, Purpose.NOISE, 0, doubles)
@@ -95,15 +96,19 @@ def of_a_step(b: Any, v: Any, y: Any, losses: Any, delta: Any, gains: Any, class
     for targets in (classes, v):
         for own in (None, b.zeros((2,), dtype)):
             b.class_weights(targets, gains, own, weights)
-    b.dropout(0, 5, 0.5, v, v)
-    b.input_noise(0, 5, 0.5, v, y)
+    step = b.zeros((1,), np.int64)
+    b.dropout(0, step, 5, 0.5, v, v)
+    b.input_noise(0, step, 5, 0.5, v, y)
+    b.copy(v, y)
+    b.copy(classes, b.zeros(classes.shape, np.int64))
+    b.advance(step)
     for weight in (None, total):
         for squares in (None, total):
             b.step_factor(1.0, weight, squares, 1.0, factor)
     for flag in (None, b.zeros((1,), np.int64)):
         b.limit_norms(v, 1.0, flag)
         b.average(v, y, 0.5, flag)
-    b.watch(gains, total, 1, flag)
+    b.watch(gains, total, step, flag)
 
 
 def generate(b: Any, made: Set, dtype: str) -> None:

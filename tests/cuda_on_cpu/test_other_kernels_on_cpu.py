@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from update_rules import RULES, VARIANTS
+from update_rules import RULES, VARIANTS, numbers
 
 from cuda_on_cpu import samples
 from cuda_on_cpu.backend import cupy_backend_module
@@ -163,7 +163,8 @@ def run_update(b: Any, record: Any, arrays: list[np.ndarray], step: int, scale: 
     decay = parameters.pop("weight_decay", None)
     scalars = record.scalars(step, 0.05, **parameters)
     penalties = [] if decay is None else [registry.PENALTIES["weight_decay"]]
-    b.update(record, penalties, w, g, state, scale, scalars | {"weight_decay": 0.05 * (decay or 0.0)}, n)
+    scalars |= {"weight_decay": 0.05 * (decay or 0.0)}
+    b.update(record, penalties, w, g, state, numbers(b, record, penalties, scale, scalars, w.dtype), n)
     if b.name == "cupy":
         np.testing.assert_array_equal(b.to_host(g), arrays[1])
     return [b.to_host(x) for x in (w, *state)]

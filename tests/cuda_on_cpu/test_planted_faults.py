@@ -25,8 +25,8 @@ from cuda_on_cpu.test_kernels_on_cpu import (
     lacking,
 )
 from gpu_bp import Step, registry
+from gpu_bp.average import Average
 from gpu_bp.spec import Activation, FusedLoss, Twin
-from gpu_bp.step import Average
 
 pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
@@ -100,7 +100,7 @@ def test_an_output_left_unwritten() -> None:
         ("!isfinite(gradient)", "isnan(gradient)"),  # an infinity is let through
         ("i == 0 && ", "i == 1 && "),  # a single parameter: nobody looks at the total
         ("flag[0] < 0", "flag[0] < 100"),  # a later step takes the place of the first
-        ("= step", "= i"),
+        ("= steps[0] + 1", "= steps[0]"),
     ],
 )
 def test_a_watch_that_sees_too_little(right: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,8 @@ def check_watch(module: Any) -> None:
     for gradient, total in ((np.inf, 0.0), (0.0, np.nan)):
         flag = b.to_device(np.array([-1]))
         for step, (g, t) in enumerate([(0.0, 0.0), (gradient, total), (np.inf, np.inf)], start=7):
-            b.watch(b.to_device(np.array([g])), b.to_device(np.array([t])), step, flag)
+            steps = b.to_device(np.array([step - 1]))
+            b.watch(b.to_device(np.array([g])), b.to_device(np.array([t])), steps, flag)
         assert b.to_host(flag)[0] == 8
 
 
