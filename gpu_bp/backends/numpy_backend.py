@@ -59,6 +59,7 @@ class Scratch:
     bits = cached_property(lambda self: self.a.view(f"i{self._dtype.itemsize}"))
     zeros = cached_property(lambda self: np.zeros(self._shape, self._dtype))
     uniforms = cached_property(lambda self: np.empty(self._shape))
+    one = cached_property(lambda self: np.ones((), self._dtype))
     ones = cached_property(lambda self: np.ones(self._shape, self._dtype))
     tile = cached_property(lambda self: np.empty((TILE // self._shape[0], self._shape[0]), self._dtype))
     row_a = cached_property(lambda self: np.empty((self._shape[0], 1), self._dtype))
@@ -160,7 +161,7 @@ class NumpyBackend:
 
     def gather(self, table: Array, rows: Array, out: Array) -> None:
         # mode="clip": with "raise", take would write into a copy of out first
-        self._do(np.take, table, rows, axis=0, out=out, mode="clip")
+        self._do(table.take, rows, axis=0, out=out, mode="clip")
 
     def matmul(self, a: Array, b: Array, out: Array, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
         self._largest = max(self._largest, a.size * out.shape[1])
