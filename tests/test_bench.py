@@ -81,7 +81,8 @@ def test_every_operation_is_timed_or_known_not_to_be() -> None:
 def test_a_step_by_hand(backend: Backend, tiny_config: Tiny) -> None:
     """2 inputs, 5 hidden units, 1 output, 8 rows, in float32; the network's arrays are v in place of the outputs."""
     trainer, timing = timed(tiny_config(), backend)
-    next(plain_steps(trainer, timing))
+    steps = plain_steps(trainer, timing)
+    next(steps)
     timing.settle()
     spent, item, size = timing.spent, 4, trainer.model.network.layout.size
     assert trainer.model.network.widths == [2, 5, 1]
@@ -102,6 +103,10 @@ def test_a_step_by_hand(backend: Backend, tiny_config: Tiny) -> None:
     assert spent["backward"].n_bytes == item * gradients
     assert spent["update"].n_bytes == item * (size + 2 * size + size) + 8  # watch; update; the steps are counted
     assert all(x.seconds > 0 for x in spent.values())
+    for _ in range(6):  # to the epoch's end, the last step with 2 rows
+        next(steps)
+    assert spent["forward"].flop == 2 * 50 * (2 * 5 + 5 * 1)
+    assert spent["delta"].flop == 2 * 50 * 5 * 1
 
 
 def test_bytes_by_hand(backend: Backend) -> None:
@@ -131,6 +136,14 @@ def test_bytes_by_hand(backend: Backend) -> None:
         with timing.part("computation"):
             call()
         assert sum(x.n_bytes for x in timing.spent.values()) == n_bytes
+        timing.reset()
+        with timing.part("data"):  # such as by a source of one's own
+            call()
+        assert timing.spent["data"].n_bytes == n_bytes
+
+
+def test_a_step_is_not_cut() -> None:
+    assert Timing(NumpyBackend()).division([4096, 4096], 2**20) == Division(2**20, 1)
 
 
 def test_what_belongs_to_which_phase(backend: Backend, tiny_config: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
