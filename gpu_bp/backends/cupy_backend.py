@@ -2,12 +2,16 @@
 
 The kernels are built from the CUDA text of the records, each when first used, and kept by that text. What a step
 calls writes into arrays that the caller owns, or into a few small ones that are made once; it does not wait for the
-device.
+device. So it can be captured in a CUDA graph (`cuda_graph.py`), with NVIDIA's bindings to cuBLAS (`cublas.py`).
+
+Everything is asked of the current stream, which is the default one where nobody chose another: so what a user asks of
+CuPy meanwhile keeps its place. Rows of the host alone are copied on a stream of their own.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import warnings
 import weakref
@@ -19,6 +23,8 @@ import numpy as np
 from gpu_bp.backends import cuda_kernels as kernels
 from gpu_bp.backends import cuda_rows
 from gpu_bp.backends.base import Action, Division, Numbers, or_unknown
+from gpu_bp.backends.cublas import WORKSPACE, Gemm, bindings, version
+from gpu_bp.backends.cuda_graph import Recording
 from gpu_bp.backends.cuda_rows import CUDA_NAMES
 from gpu_bp.formula import Program
 from gpu_bp.registry import Permutations, Purpose
@@ -27,6 +33,8 @@ from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, GroupedLoss, Los
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # such as: several CuPy packages, or no CUDA toolkit path
     import cupy
+
+log = logging.getLogger("gpu_bp")
 
 
 def why_unusable() -> str | None:
@@ -154,12 +162,18 @@ class Generator:
 
 
 class CupyBackend:
-    """Arrays in the memory of one CUDA device."""
+    """Arrays in the memory of one CUDA device.
+
+    Args:
+        graphs: whether what is recorded is captured in a CUDA graph; else it is asked for anew each time, to the same
+            results. bindings: whether products go through NVIDIA's bindings where these can be used; without them
+            CuPy multiplies, which may differ in the last bits, and nothing is captured.
+    """
 
     name = "cupy"
     read_every = 100
 
-    def __init__(self) -> None:
+    def __init__(self, *, graphs: bool = True, bindings: bool = True) -> None:
         self._device = cupy.cuda.Device()
         properties = cupy.cuda.runtime.getDeviceProperties(self._device.id)
         self.device = properties["name"].decode()
@@ -168,6 +182,23 @@ class CupyBackend:
         self._generators: weakref.WeakKeyDictionary[Program, Generator] = weakref.WeakKeyDictionary()
         self._uploads = cupy.cuda.Stream(non_blocking=True)
         self._asked, self._uploaded = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
+        self._graphs = graphs
+        self._captures = cupy.cuda.Stream(non_blocking=True)
+        self._no_bindings = "" if bindings else "products are left to CuPy, as asked"  # why they are not used
+        self._said = not graphs
+
+    @functools.cached_property
+    def _gemm(self) -> Gemm | None:
+        """cuBLAS through NVIDIA's bindings; None where they cannot be used."""
+        if self._no_bindings:
+            return None
+        try:
+            return Gemm(cupy.empty(WORKSPACE, np.uint8), lambda: cupy.cuda.get_current_stream().ptr, bindings())
+        except ModuleNotFoundError:
+            self._no_bindings = "nvmath-python is not installed (pip install 'gpu_bp[cuda13]', or cuda12)"
+        except Exception as error:
+            self._no_bindings = f"nvmath-python cannot be used: {_first_line(error)}"
+        return None
 
     def libraries(self) -> dict[str, Any]:
         return {
@@ -175,6 +206,7 @@ class CupyBackend:
             "cuda runtime": or_unknown(lambda: _cuda_version(cupy.cuda.runtime.runtimeGetVersion())),
             "cuda driver": or_unknown(lambda: _cuda_version(cupy.cuda.runtime.driverGetVersion())),
             "cublas": or_unknown(lambda: cupy.cuda.cublas.getVersion(cupy.cuda.device.get_cublas_handle())),
+            "products": or_unknown(version) if self._gemm else "cupy",
             "nvrtc": or_unknown(lambda: "{}.{}".format(*cupy.cuda.nvrtc.getVersion())),  # it compiles the kernels
             "compute capability": or_unknown(lambda: self._device.compute_capability),
         }
@@ -193,7 +225,17 @@ class CupyBackend:
         cupy.cuda.get_current_stream().synchronize()
 
     def record(self, run: Action, worker: int = 0) -> Action:
-        return run
+        if self._graphs and self._gemm is None:
+            self._not_captured(self._no_bindings)
+        if not self._graphs or self._gemm is None:
+            return run
+        return Recording(run, self._captures, cupy, lambda error: self._not_captured(_first_line(error)))
+
+    def _not_captured(self, why: str) -> None:
+        """Says so once."""
+        if not self._said:
+            log.warning(f"steps are not captured in a CUDA graph, which would be faster: {why}")
+            self._said = True
 
     def together(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -218,6 +260,9 @@ class CupyBackend:
         cupy.take(table, rows, axis=0, out=out)
 
     def matmul(self, a: Array, b: Array, out: Array, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
+        if self._gemm is not None:
+            self._gemm(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b)
+            return
         # gemm rather than cupy.matmul, which allocates for products of 1 x 1
         cublas().gemm("T" if transpose_a else "N", "T" if transpose_b else "N", a, b, out=out)
 
@@ -404,6 +449,7 @@ class CupyBackend:
             kernel(*(np.uint64(x) for x in (first, p.n, p.a, p.b)), *p.keys[:, k, 0], out[k])
 
     def free_bytes(self) -> int:
+        _ = self._gemm  # whose workspace is not free, whenever it is made
         pool = cupy.get_default_memory_pool()
         free: int = cupy.cuda.runtime.memGetInfo()[0] + pool.free_bytes()
         limit = pool.get_limit()  # 0 for none

@@ -1,0 +1,323 @@
+"""Steps that are captured in a CUDA graph and replayed: the same bits as steps that are asked for one by one, whatever
+the step has in it, and whatever fails on the way there."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuda_on_cpu.backend import cupy_backend_module
+from cuda_on_cpu.fake_cupy import FakeCupy
+from cuda_on_cpu.test_backend_on_cpu import make_batch, make_step
+from gpu_bp import Network, Objective, Optimizer, Step, registry
+from gpu_bp.average import Average
+from gpu_bp.data.source import Batch
+from gpu_bp.noise import Noise
+from gpu_bp.schedule import linear
+
+pytestmark = pytest.mark.kernels
+
+# Each number of rows often enough to be captured, and replayed; one not.
+ROWS = (8, 8, 5, 8, 5, 8, 5, 8, 1, 8)
+
+
+def backends(**options: Any) -> Iterator[tuple[Any, FakeCupy]]:
+    """One that captures, and one that does not."""
+    for graphs in (True, False):
+        cupy = FakeCupy(**options)
+        yield cupy_backend_module(cupy).CupyBackend(graphs=graphs), cupy
+
+
+def state_of(step: Step) -> list[np.ndarray]:
+    """All that a training goes on with, on the host."""
+    network, average = step.objective.network, step.average
+    arrays = [network.parameters, step.objective.gradients, *step.optimizer.state.values()]
+    arrays += [average.network.parameters] if average else []
+    return [*map(network.backend.to_host, arrays), np.array(step.objective.mean_loss(reset=False))]
+
+
+def assert_same_bits(one: list[np.ndarray], two: list[np.ndarray]) -> None:
+    for a, b in zip(one, two, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("update", list(registry.UPDATES))
+@pytest.mark.parametrize("loss", list(registry.LOSSES))
+def test_every_loss_and_update(loss: str, update: str) -> None:
+    """Ten steps at a falling rate, shorter batches among them."""
+    states = []
+    for b, cupy in backends():
+        step = make_step(b, loss, update, rate=linear(0.1, 0.01, 10))
+        batches = {rows: make_batch(b, loss, rows) for rows in set(ROWS)}
+        for rows in ROWS:
+            step(batches[rows])
+        assert cupy.device.counts["graphs"] == (7 if not states else 0)
+        states.append(state_of(step))
+    assert_same_bits(*states)
+
+
+# What a step can have beside, and how its batches come.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "noise": {"noise": Noise(seed=3, dropout=(0.4, 0.2), input_noise=0.3, input_dropout=0.1)},
+    "clipping": {"clip_norm": 0.05},
+    "max-norm": {"max_norm": 0.9},
+    "average": {"average": 0.9},
+    "weights": {"weighted": True},
+    "weights, clipped": {"weighted": True, "clip_norm": 0.05, "average": 0.9, "max_norm": 0.9},
+    "class weights": {"class_weights": np.array([0.5, 2.0])},
+    "parts": {"parts": (0, 3, 6, 8)},
+    "noisy parts": {"parts": (0, 3, 6, 8), "noise": Noise(seed=3, dropout=(0.4, 0.2)), "clip_norm": 0.05},
+    "weighted parts": {"parts": (0, 5, 8), "weighted": True, "average": 0.9},
+    "no watch": {"watch": False},
+}
+
+
+def steps_with(b: Any, *, weighted: bool = False, parts: tuple[int, ...] = (0, 8), **options: Any) -> Iterator[Step]:
+    """A step after each time it was taken: normalised, with a shortcut, and with those options."""
+    loss = registry.loss("cross_entropy")
+    network = Network([4, 4, 4, 2], ["tanh", "silu", "softmax"], normalise=True, residual=True, backend=b)
+    rng = np.random.default_rng(0)
+    network.load({name: 0.6 * rng.standard_normal(shape) for name, shape in network.layout.shapes.items()})
+    of_objective = {name: options.pop(name) for name in ("noise", "class_weights") if name in options}
+    objective = Objective(network, loss, 8, **of_objective)
+    optimizer = Optimizer(registry.update("adam"), network, linear(0.1, 0.01, 12), penalties={"l2": 1e-3})
+    average = Average(network, options.pop("average")) if "average" in options else None
+    step = Step(objective, optimizer, average=average, **options)
+    x, w = rng.standard_normal((8, 4)).astype(np.float32), rng.uniform(0, 2, 8).astype(np.float32)
+    whole = Batch(*map(b.to_device, (x, np.arange(8) % 2, np.arange(8))), b.to_device(w) if weighted else None)
+    cut = list(itertools.pairwise(parts))
+    batches = [
+        Batch.of(whole.part(start, end).filled, whole.rows[start:end], place=start, last=end == 8) for start, end in cut
+    ]
+    for _ in range(8):
+        for batch in batches:
+            step(batch)
+        yield step
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option(name: str, lazy: bool) -> None:
+    """Also where the device is as late as it may be: what a replay reads must be there, and still be."""
+    states = []
+    for b, cupy in backends(lazy=lazy):
+        *_, step = steps_with(b, **OPTIONS[name])
+        assert (cupy.device.counts["graphs"] > 0) == (not states)
+        states.append(state_of(step))
+    assert_same_bits(*states)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_replay_allocates_nothing_and_waits_for_nobody(name: str) -> None:
+    cupy = FakeCupy()
+    steps = steps_with(cupy_backend_module(cupy).CupyBackend(), **OPTIONS[name])
+    for _ in range(4):
+        next(steps)
+    cupy.device.counts.clear()
+    cupy.bindings.calls.clear()
+    next(steps)
+    counts = {name: n for name, n in cupy.device.counts.items() if name not in ("launches", "device copies")}
+    parts = len(OPTIONS[name].get("parts", (0, 8))) - 1
+    assert counts == {"graphs": parts, "asynchronous copies": 1}
+    assert cupy.bindings.calls == []
+
+
+def test_batches_from_ever_other_arrays() -> None:
+    """They are copied to where a graph finds them."""
+    states = []
+    for b, cupy in backends():
+        step = make_step(b, "squared_error", "momentum")
+        for rows in ROWS:
+            step(make_batch(b, "squared_error", rows))
+        assert (cupy.device.counts["graphs"] > 3) == (not states)
+        states.append(state_of(step))
+    assert_same_bits(*states)
+
+
+def test_going_back_after_a_divergence() -> None:
+    """The flag stops a replay too; then steps are counted from an earlier one, at half the rate."""
+    states = []
+    for b, _ in backends():
+        step = make_step(b, "squared_error", "adam", rate=linear(0.1, 0.01, 20))
+        batch = make_batch(b, "squared_error", 8)
+        for _ in range(4):
+            step(batch)
+        before = state_of(step)[0]
+        batch.inputs[0] = np.inf
+        for _ in range(3):
+            step(batch)
+        assert step.diverged() == 5
+        assert_same_bits([before], state_of(step)[:1])
+        batch.inputs[0] = 0.5
+        step.reset_flag()
+        step.optimizer.steps, step.optimizer.rate_factor = 2, 0.5
+        for _ in range(4):
+            step(batch)
+        assert step.diverged() is None
+        assert b.to_host(step._steps)[0] == 6
+        states.append(state_of(step))
+    assert_same_bits(*states)
+
+
+def test_what_others_ask_of_the_device_keeps_its_place() -> None:
+    """On the stream that is the current one, whichever it is; between replays as between steps."""
+    states = []
+    for b, cupy in backends(lazy=True):
+        step, batch = make_step(b, "squared_error", "sgd"), make_batch(b, "squared_error", 8)
+        parameters = step.objective.network.parameters
+        for _ in range(4):
+            step(batch)
+            parameters *= 0.5
+        b.synchronize()
+        with cupy.cuda.Stream():
+            for _ in range(2):
+                step(batch)
+                parameters *= 0.5
+            states.append(state_of(step))
+    assert_same_bits(*states)
+
+
+# What fails ------------------------------------------------------------------------------------------------
+
+
+class NoGraphError(Exception):
+    """Planted."""
+
+
+def trained(b: Any) -> list[np.ndarray]:
+    step, batch = make_step(b, "squared_error", "momentum"), make_batch(b, "squared_error", 8)
+    for _ in range(5):
+        step(batch)
+    return state_of(step)
+
+
+def waits(self: Any, *arguments: Any) -> None:
+    """What does something that no graph can hold, after half of the step."""
+    self.synchronize()
+    self.watched(*arguments)
+
+
+def begin(self: Any) -> None:
+    raise NoGraphError("no capture begins")
+
+
+def end(self: Any) -> Any:
+    self._device.recording = None
+    raise NoGraphError("the capture was not valid")
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("waits", "synchronisations during a capture"),
+        ("begin_capture", "no capture begins"),
+        ("end_capture", "the capture was not valid"),
+    ],
+)
+def test_a_capture_that_fails(
+    fault: str, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every step is taken once all the same, and why is said once, in words; what comes later can still be captured."""
+    (b, cupy), (plain, _) = backends()
+    wanted = trained(plain)
+    stream = type(cupy.cuda.Stream())
+    with monkeypatch.context() as planted, caplog.at_level(logging.WARNING, "gpu_bp"):
+        if fault == "waits":
+            planted.setattr(type(b), "watched", type(b).watch, raising=False)
+            planted.setattr(type(b), "watch", waits)
+        else:
+            planted.setattr(stream, fault, {"begin_capture": begin, "end_capture": end}[fault])
+        for _ in range(2):
+            assert_same_bits(trained(b), wanted)
+    assert cupy.device.counts["graphs"] == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        f"steps are not captured in a CUDA graph, which would be faster: {words}"
+    ]
+    assert_same_bits(trained(b), wanted)
+    assert cupy.device.counts["graphs"] == 4
+
+
+def test_an_interrupt_leaves_no_capture_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised as ever, and the step may be taken again."""
+    (b, cupy), (plain, _) = backends()
+    step, batch = make_step(b, "squared_error", "sgd"), make_batch(b, "squared_error", 8)
+    step(batch)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as planted:
+        planted.setattr(type(b), "watch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            step(batch)
+    step.optimizer.steps = 1
+    step.objective.rows = 8
+    for _ in range(4):
+        step(batch)
+    assert_same_bits(state_of(step), trained_sgd(plain))
+    assert cupy.device.counts["graphs"] == 4
+
+
+def trained_sgd(b: Any) -> list[np.ndarray]:
+    step, batch = make_step(b, "squared_error", "sgd"), make_batch(b, "squared_error", 8)
+    for _ in range(5):
+        step(batch)
+    return state_of(step)
+
+
+def test_a_launch_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows what it has done: the error is told."""
+    cupy = FakeCupy()
+    b = cupy_backend_module(cupy).CupyBackend()
+    step, batch = make_step(b, "squared_error", "sgd"), make_batch(b, "squared_error", 8)
+    for _ in range(2):
+        step(batch)
+    before = state_of(step)[0]
+    monkeypatch.setattr(cupy.device, "launch", lambda call: (_ for _ in ()).throw(NoGraphError("launch failed")))
+    with pytest.raises(NoGraphError, match="launch failed"):
+        step(batch)
+    assert_same_bits([before], state_of(step)[:1])
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ModuleNotFoundError("No module named 'nvmath'"), "nvmath-python is not installed (pip install"),
+        (RuntimeError("no libcublas\nsecond line"), "nvmath-python cannot be used: no libcublas"),
+    ],
+)
+def test_without_the_bindings(error: Exception, words: str, caplog: pytest.LogCaptureFixture) -> None:
+    """CuPy multiplies, nothing is captured, and it is said why, once."""
+    cupy = FakeCupy()
+    module = cupy_backend_module(cupy)
+
+    def bindings() -> Any:
+        raise error
+
+    module.bindings = bindings
+    b = module.CupyBackend()
+    with caplog.at_level(logging.WARNING, "gpu_bp"):
+        assert module.why_unusable() is None
+        states = [trained(b), trained(b)]
+    assert_same_bits(*states)
+    assert cupy.device.counts["graphs"] == 0
+    assert len(caplog.records) == 1
+    assert words in caplog.text
+    assert "\nsecond" not in caplog.text
+    assert b.libraries()["products"] == "cupy"
+    for got, wanted in zip(states[0], trained(cupy_backend_module().CupyBackend()), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-12)
+
+
+def test_no_graphs_as_asked(caplog: pytest.LogCaptureFixture) -> None:
+    """Which is nothing to be told."""
+    cupy = FakeCupy()
+    b = cupy_backend_module(cupy).CupyBackend(graphs=False)
+    trained(b)
+    assert (cupy.device.counts["graphs"], caplog.records) == (0, [])
+    assert b.libraries()["products"] != "cupy"
