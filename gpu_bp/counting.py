@@ -35,7 +35,9 @@ class Counting:
         self.device: Counter[str] = Counter()
         self.host: Counter[str] = Counter()
         self._part = ""
-        self._shapes: defaultdict[np.dtype[Any], set[tuple[int, ...]]] = defaultdict(set)  # that something was done to
+        self._worker = 0
+        # that something was done to, by worker and dtype
+        self._shapes: defaultdict[tuple[int, np.dtype[Any]], set[tuple[int, ...]]] = defaultdict(set)
         self._generated: Counter[Program] = Counter()  # rows at once, at most
 
     @contextmanager
@@ -49,7 +51,8 @@ class Counting:
     def scratch(self) -> int:
         """What the backend itself will keep for what was asked of it."""
         generators = sum(self._backend.generator_bytes(program, n) for program, n in self._generated.items())
-        return generators + sum(self._backend.scratch_bytes(shapes, dtype) for dtype, shapes in self._shapes.items())
+        kept = sum(self._backend.scratch_bytes(shapes, dtype) for (_, dtype), shapes in self._shapes.items())
+        return generators + kept
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         array = _blank(shape, dtype)
@@ -71,7 +74,12 @@ class Counting:
         self._generated[program] = max(self._generated[program], len(rows))
 
     def record(self, run: Action, worker: int = 0) -> Action:
-        return run
+        def action() -> None:
+            self._worker = worker
+            run()
+            self._worker = 0
+
+        return action
 
     def together(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -87,7 +95,7 @@ class Counting:
         def operation(*arguments: Any, **keywords: Any) -> None:
             arrays = [x for x in arguments if isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.size]
             for array in arrays[:1]:
-                self._shapes[array.dtype].add(array.shape)
+                self._shapes[self._worker, array.dtype].add(array.shape)
 
         return operation
 

@@ -85,6 +85,7 @@ def evaluators(
     """An evaluator for each split; of the training rows the first `TRAINING_ROWS` at most."""
     rows = min(EVALUATION_ROWS, max(source.n_rows for source in sources.values()))
     objective = Objective(network, loss, rows, backward=False)
+    objective.prepare()  # there may be no room for them later
     return {
         name: Evaluator(objective, source, TRAINING_ROWS if name == "train" else None, metrics)
         for name, source in sources.items()

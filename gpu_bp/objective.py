@@ -70,6 +70,10 @@ class Objective:
 
     # Arrays of a batch are made when they are first needed: a step has smaller ones of its own where that is faster.
 
+    def prepare(self) -> None:
+        """Makes the arrays of a whole batch now."""
+        self._part(self.batch_size)
+
     @cached_property
     def signals(self) -> list[Signals]:
         """The arrays of each layer, as the last batch left them."""

@@ -26,18 +26,22 @@ class Share:
         self.weight = objective.network.backend.zeros((1,), np.float64)
         self._steps = steps
         self._arrays: dict[tuple[int, bool], Batch] = {}
-        self._parts: dict[tuple[int, int, bool], Batch] = {}
+        self._parts: dict[tuple[object, ...], Batch] = {}
 
     def part(self, batch: Batch, n: int) -> Batch:
         """The worker's own arrays for n rows of such a batch."""
+        key = n, batch.targets.ndim, batch.weights is not None, batch.place, batch.last
+        if key not in self._parts:
+            self._parts[key] = self._new_part(batch, n)
+        return self._parts[key]
+
+    def _new_part(self, batch: Batch, n: int) -> Batch:
         kind = batch.targets.ndim, batch.weights is not None
         if kind not in self._arrays:
             rows, zeros = self.objective.batch_size, self.objective.network.backend.zeros
             arrays = [zeros((rows, *array.shape[1:]), array.dtype) for array in batch.filled]
             self._arrays[kind] = Batch.of(arrays, batch.rows)
-        if (n, *kind) not in self._parts:
-            self._parts[n, *kind] = Batch.of([array[:n] for array in self._arrays[kind].filled], batch.rows)
-        return replace(self._parts[n, *kind], place=batch.place, last=batch.last)
+        return replace(self._arrays[kind].part(0, n), rows=batch.rows, place=batch.place, last=batch.last)
 
     def take(self, batch: Batch, start: int, end: int) -> Batch:
         """Copies rows of a batch into the worker's own arrays."""

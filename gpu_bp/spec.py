@@ -41,6 +41,8 @@ class Scratch(Protocol):
     b: np.ndarray
     c: np.ndarray
     mask: np.ndarray  # bool
+    bits: np.ndarray  # s.a again, as integers of the same size
+    zeros: np.ndarray  # all 0, and to stay so: for NumPy an array is faster than a number
     uniforms: np.ndarray  # float64
     # For losses that reduce a row: one value a row.
     row_a: np.ndarray  # (rows, 1)

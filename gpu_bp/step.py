@@ -28,6 +28,8 @@ from gpu_bp.spec import Array
 # So many batches are worked on where they lie: those of a training lie in the same arrays again and again. What comes
 # from elsewhere, each time perhaps from other arrays, is copied into arrays of the step's own.
 PLACES = 2
+# So many recordings are kept, of batches of different sizes, before all begins anew.
+RECORDINGS = 500
 # Parameters for each worker that takes part in an update, at least.
 UPDATED = 2**17
 
@@ -112,7 +114,7 @@ class Step:
             self._places[place] = batch  # and so the arrays live on, and no others are taken for them
         if place not in self._places:
             batch, place = share.take(batch, 0, batch.n), ()
-        kind = (place, batch.n, batch.place if self._draws else 0, self._used > 0, batch.weights is not None)
+        kind = (place, batch.n, batch.place if self._draws else 0, self._used > 0, *_kind_of(batch))
 
         def run() -> None:
             share.gradient(batch, add=self._used > 0)
@@ -125,8 +127,7 @@ class Step:
 
     def _in_parts(self, batch: Batch) -> None:
         """A batch that is cut: each worker takes its parts one after the other, in arrays of its own."""
-        place = batch.place if self._draws else 0
-        kind = (batch.n, place, min(batch.place, 1), self._used, batch.weights is not None)
+        kind = (batch.n, batch.place if self._draws else 0, self._used, *_kind_of(batch))
         if kind not in self._plans:
             self._plans[kind] = self._plan(batch, kind)
         plan = self._plans[kind]
@@ -145,7 +146,7 @@ class Step:
                 own = replace(share.part(batch, end - start), place=batch.place + start)
                 add = bool(parts) or worker < self._used
                 run = partial(share.gradient, own, add=add)
-                key = ("part", worker, own.n, own.place if self._draws else 0, add, batch.weights is not None)
+                key = ("part", worker, own.n, own.place if self._draws else 0, add, *_kind_of(batch))
                 parts.append(_Part(start, end, share, self._record(key, run, worker)))
             plan.append(parts)
         return plan
@@ -158,6 +159,9 @@ class Step:
     def _record(self, key: tuple[object, ...], run: Action, worker: int = 0) -> Action:
         """What was recorded under that key; if nothing was, what `run` does."""
         if key not in self._recorded:
+            if len(self._recorded) >= RECORDINGS:
+                self._recorded.clear()
+                self._plans.clear()
             self._recorded[key] = self._backend.record(run, worker)
         return self._recorded[key]
 
@@ -260,6 +264,10 @@ class _Part(NamedTuple):
     end: int
     share: Share
     action: Action
+
+
+def _kind_of(batch: Batch) -> tuple[object, ...]:
+    return batch.targets.ndim, batch.weights is not None
 
 
 def _work(parts: list[_Part], batch: Batch) -> None:

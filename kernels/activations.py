@@ -4,9 +4,9 @@ To add one: write its record here; the table at the end is what the rest of the 
 """
 
 import numpy as np
-from scipy.special import expit
 
-from gpu_bp.kernels.functions import clamp
+from gpu_bp.kernels.functions import choose, clamp, zero_where
+from gpu_bp.kernels.functions import logistic as logistic_of
 from gpu_bp.kernels.gated import gelu, gelu_tanh, silu
 from gpu_bp.kernels.softmax import softmax
 from gpu_bp.spec import Activation, Parameter, Scratch, Twin
@@ -49,7 +49,7 @@ identity = Activation(
 
 
 def _logistic_value(v: Array, y: Array, s: Scratch) -> None:
-    expit(v, out=y)
+    logistic_of(v, y)
 
 
 def _logistic_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
@@ -120,13 +120,12 @@ scaled_tanh = Activation(
 
 
 def _relu_value(v: Array, y: Array, s: Scratch) -> None:
-    np.maximum(v, 0, out=y)
+    np.maximum(v, s.zeros, out=y)
 
 
 def _relu_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
-    np.less_equal(y, 0, out=s.mask)
-    _identity_delta(e, y, delta, s)
-    np.copyto(delta, 0, where=s.mask)
+    np.less_equal(y, s.zeros, out=s.mask)
+    zero_where(s.mask, e, delta, s)
 
 
 relu = Activation(
@@ -140,15 +139,16 @@ relu = Activation(
 
 
 def _leaky_relu_value(v: Array, y: Array, s: Scratch, slope: float) -> None:
-    np.less(v, 0, out=s.mask)
-    _identity_value(v, y, s)
-    np.multiply(v, slope, out=y, where=s.mask)
+    np.minimum(v, s.zeros, out=s.a)
+    s.a *= slope
+    np.maximum(v, s.zeros, out=y)
+    y += s.a
 
 
 def _leaky_relu_delta(e: Array, v: Array, delta: Array, s: Scratch, slope: float) -> None:
-    np.less_equal(v, 0, out=s.mask)
-    _identity_delta(e, v, delta, s)
-    np.multiply(e, slope, out=delta, where=s.mask)
+    np.less_equal(v, s.zeros, out=s.mask)
+    np.multiply(e, slope, out=s.b)
+    choose(s.mask, s.b, e, delta, s)
 
 
 leaky_relu = Activation(
@@ -167,21 +167,21 @@ leaky_relu = Activation(
 
 
 def _elu(v: Array, y: Array, s: Scratch, scale: float, alpha: float) -> None:
-    np.minimum(v, 0, out=s.a)
+    np.minimum(v, s.zeros, out=s.a)
     np.expm1(s.a, out=s.a)
     s.a *= alpha
-    np.maximum(v, 0, out=y)
+    np.maximum(v, s.zeros, out=y)
     y += s.a
     if scale != 1:
         y *= scale
 
 
 def _elu_delta(e: Array, y: Array, delta: Array, s: Scratch, scale: float, alpha: float) -> None:
-    np.less_equal(y, 0, out=s.mask)
-    np.add(y, scale * alpha, out=s.a)
-    np.multiply(e, s.a, out=s.a)
+    np.less_equal(y, s.zeros, out=s.mask)
+    np.add(y, scale * alpha, out=s.b)
+    s.b *= e
     np.multiply(e, scale, out=delta)
-    np.copyto(delta, s.a, where=s.mask)
+    choose(s.mask, s.b, delta, delta, s)
 
 
 elu = Activation(
@@ -299,10 +299,10 @@ def _hard_sigmoid_value(v: Array, y: Array, s: Scratch) -> None:
 
 def _hard_sigmoid_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
     np.multiply(e, 1 / 6, out=delta)
-    np.less_equal(y, 0, out=s.mask)
-    np.copyto(delta, 0, where=s.mask)
+    np.less_equal(y, s.zeros, out=s.mask)
+    zero_where(s.mask, delta, delta, s)
     np.greater_equal(y, 1, out=s.mask)
-    np.copyto(delta, 0, where=s.mask)
+    zero_where(s.mask, delta, delta, s)
 
 
 hard_sigmoid = Activation(

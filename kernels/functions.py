@@ -1,10 +1,11 @@
 """Functions that several formulas share, for CUDA and for NumPy: stable over the whole range.
 
-(The twin of CUDA's `logistic` is scipy.special.expit, of its `softplus(v)` numpy.logaddexp(v, 0); of its `sinpi` and
-`cospi`, which CUDA has, `sincospi`.)
+(The twin of CUDA's `softplus(v)` is numpy.logaddexp(v, 0); of its `sinpi` and `cospi`, which CUDA has, `sincospi`.)
 """
 
 import numpy as np
+
+from gpu_bp.spec import Scratch
 
 CUDA_FUNCTIONS = r"""
 // exp of a number that is never positive cannot overflow.
@@ -32,6 +33,33 @@ def clamp(v: np.ndarray, low: float, high: float, out: np.ndarray) -> None:
     """`out` = v held between low and high; a NaN stays one."""
     np.maximum(v, low, out=out)
     np.minimum(out, high, out=out)
+
+
+def logistic(v: np.ndarray, out: np.ndarray) -> None:
+    """`out` = 1 / (1 + exp(-v)), 0 where exp overflows. (scipy.special.expit, without vector code, is much slower.)"""
+    np.negative(v, out=out)
+    with np.errstate(over="ignore"):
+        np.exp(out, out=out)
+    out += 1
+    np.reciprocal(out, out=out)
+
+
+# NumPy writes under a mask (`where=`) element by element, at a tenth of the speed of these.
+
+
+def zero_where(mask: np.ndarray, x: np.ndarray, out: np.ndarray, s: Scratch) -> None:
+    """`out` = 0 where the mask is set, else x, whatever that is. Uses s.a."""
+    np.subtract(mask.view(np.int8), 1, out=s.bits)  # no bit, or all of them
+    np.bitwise_and(x.view(s.bits.dtype), s.bits, out=out.view(s.bits.dtype))
+
+
+def choose(mask: np.ndarray, x: np.ndarray, other: np.ndarray, out: np.ndarray, s: Scratch) -> None:
+    """`out` = x where the mask is set, else `other`. Uses s.a, and changes x."""
+    bits = s.bits.dtype
+    zero_where(mask, other, out, s)
+    np.invert(s.bits, out=s.bits)
+    np.bitwise_and(x.view(bits), s.bits, out=x.view(bits))
+    np.bitwise_or(out.view(bits), x.view(bits), out=out.view(bits))
 
 
 def sincospi(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,9 +6,9 @@ They fall and then rise, so their derivative is taken from the net input.
 import math
 
 import numpy as np
-from scipy.special import erfc, expit
+from scipy.special import erfc
 
-from gpu_bp.kernels.functions import clamp
+from gpu_bp.kernels.functions import clamp, logistic
 from gpu_bp.spec import Activation, Scratch, Twin
 
 Array = np.ndarray
@@ -29,13 +29,13 @@ _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
 def _silu_value(v: Array, y: Array, s: Scratch) -> None:
     np.maximum(v, -_SATURATED, out=s.a)
-    expit(s.a, out=s.b)
+    logistic(s.a, s.b)
     np.multiply(s.a, s.b, out=y)
 
 
 def _silu_delta(e: Array, v: Array, delta: Array, s: Scratch) -> None:
     clamp(v, -_SATURATED, _SATURATED, out=s.a)
-    expit(s.a, out=s.b)
+    logistic(s.a, s.b)
     np.subtract(1, s.b, out=s.c)
     s.a *= s.c
     s.a += 1
@@ -65,7 +65,7 @@ def _gelu_tanh_value(v: Array, y: Array, s: Scratch) -> None:
     s.a *= _TWO_C * _CUBIC
     s.a += _TWO_C
     s.a *= s.c
-    expit(s.a, out=s.b)
+    logistic(s.a, s.b)
     np.maximum(v, -_SATURATED, out=s.a)
     np.multiply(s.a, s.b, out=y)
 
@@ -76,7 +76,7 @@ def _gelu_tanh_delta(e: Array, v: Array, delta: Array, s: Scratch) -> None:
     np.multiply(s.a, _TWO_C * _CUBIC, out=s.b)
     s.b += _TWO_C
     s.b *= s.c
-    expit(s.b, out=s.b)  # p
+    logistic(s.b, s.b)  # p
     s.a *= 3 * _TWO_C * _CUBIC
     s.a += _TWO_C  # 2u'
     s.a *= s.c

@@ -5,8 +5,8 @@ targets into arrays without gaps and e[:, k] out of them: with gaps, NumPy's fun
 """
 
 import numpy as np
-from scipy.special import expit
 
+from gpu_bp.kernels.functions import logistic
 from gpu_bp.spec import GroupedLoss, Numbers, Parameter, Scratch, Twin
 
 Array = np.ndarray
@@ -71,7 +71,7 @@ quantile = GroupedLoss(
 
 def _gaussian_nll(y: Array, d: Array, loss: Array, e: Array, s: Scratch, eps: float) -> None:
     np.copyto(s.a, y[:, 1])
-    expit(s.a, out=s.c)
+    logistic(s.a, s.c)
     np.logaddexp(s.a, 0, out=s.a)
     s.a += eps  # the variance, whose derivative by output 1 is s.c
     np.copyto(s.b, y[:, 0])

@@ -7,9 +7,8 @@ A row's loss is the sum over its outputs. To add one: write its record here (one
 import math
 
 import numpy as np
-from scipy.special import expit
 
-from gpu_bp.kernels.functions import clamp
+from gpu_bp.kernels.functions import clamp, logistic, zero_where
 from gpu_bp.kernels.grouped import gaussian_nll, quantile
 from gpu_bp.kernels.softmax import SOFTMAX_CUDA, softmax_rows
 from gpu_bp.spec import FreeLoss, FusedLoss, Parameter, Scratch, Twin
@@ -185,7 +184,7 @@ def _binary_cross_entropy(
     np.maximum(v, 0, out=s.b)
     np.negative(v, out=s.c)
     np.maximum(s.c, 0, out=s.c)  # not max(v, 0) - v, which is NaN at infinity
-    expit(v, out=y)
+    logistic(v, y)
     np.subtract(1, d, out=loss)
     loss *= s.b
     s.c *= d
@@ -241,8 +240,10 @@ def _cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Array, s: S
         np.subtract(v, s.row_a, out=delta)
         delta -= s.row_b
         delta *= d
-        np.equal(d, 0, out=s.mask)
-        np.copyto(delta, 0, where=s.mask)
+        np.equal(d, 0, out=s.mask)  # d is s.a, which is used up
+        d = s.b
+        np.copyto(d, s.a)
+        zero_where(s.mask, delta, delta, s)
         np.add.reduce(delta, axis=1, keepdims=True, out=loss)
         np.negative(loss, out=loss)
         np.subtract(y, d, out=delta)

@@ -12,7 +12,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from gpu_bp.kernels.functions import sincospi
+from gpu_bp.kernels.functions import sincospi, zero_where
 from gpu_bp.spec import Scratch
 
 
@@ -147,7 +147,7 @@ def dropout(seed: int, start: int, rate: float, values: np.ndarray, out: np.ndar
     generator.random(out=s.uniforms)
     np.less(s.uniforms, rate, out=s.mask)
     np.multiply(values, 1 / (1 - rate), out=out)
-    np.copyto(out, 0, where=s.mask)
+    zero_where(s.mask, out, out, s)
 
 
 def uniforms(seed: int, purpose: Purpose, start: int, count: int) -> np.ndarray:

@@ -45,10 +45,9 @@ def _moment_scalars(betas: tuple[float, float]) -> dict[str, float]:
 
 def _adam_step(w: Array, root_of: Array, mean: Array, s: Scratch, step_size: float, root: float, eps: float) -> None:
     np.sqrt(root_of, out=s.b)
-    s.b *= root
-    s.b += eps
+    s.b += eps / root
     np.divide(mean, s.b, out=s.b)
-    s.b *= step_size
+    s.b *= step_size / root
     w -= s.b
 
 

@@ -195,7 +195,7 @@ def test_rows_of_the_host(block_rows: int, residency: str, sampling: str) -> Non
 @pytest.mark.parametrize(("hidden", "rows"), [([1500, 1500], 50), ([100], 100_000)])
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_the_peak(hidden: list[int], rows: int, kind: str) -> None:
-    """Python's and NumPy's own count of all memory, from before the training to its third step, is within 8 %.
+    """Python's and NumPy's own count of all memory, from before the training to its third step, is within 15 %.
 
     Of a large network and few rows, the peak may be the drawing of the weights; a checkpoint is not written here.
     """
@@ -217,7 +217,7 @@ def test_the_peak(hidden: list[int], rows: int, kind: str) -> None:
         pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak == pytest.approx(expected, rel=0.08)
+    assert peak == pytest.approx(expected, rel=0.15)
 
 
 DEVICE = ["everything", "generated, shuffled", "generated, in order", "classes that weigh"]
@@ -247,7 +247,7 @@ def test_on_a_device(name: str) -> None:
     assert 0.97 * need.total <= device.used_bytes - used <= need.total
     assert free - backend.free_bytes() == device.used_bytes - used
     staged = sum(need.host.values()) - need.host["checkpoint"] - need.host.get("initial weights", 0)
-    scalars = sum(scalars._rows.nbytes for scalars in backend._scalars.values())
+    scalars = trainer.step.optimizer._numbers._rows.nbytes
     assert device.pinned_bytes - pinned - scalars == staged
     assert (staged > 0) == (name == "rows of the host")
     assert trainer.steps == 12
@@ -297,24 +297,24 @@ def start(config: Config, budget: int) -> None:
 
 LARGE: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "a batch": (
-        {"data": {"rows": 200_000, "residency": "host"}, "train": {"batch_size": 200_000}},
+        {"data": {"rows": 600_000, "residency": "host"}, "train": {"batch_size": 600_000}},
         [["train.part_rows"], ["train.batch_size"]],
     ),
     "parts": (
-        {"data": {"rows": 200_000, "residency": "host"}, "train": {"batch_size": 200_000, "part_rows": 150_000}},
+        {"data": {"rows": 600_000, "residency": "host"}, "train": {"batch_size": 600_000, "part_rows": 450_000}},
         [["train.part_rows"], ["train.batch_size"]],
     ),
     "all rows": (
         {
-            "data": {"rows": 200_000, "residency": "host"},
+            "data": {"rows": 600_000, "residency": "host"},
             "optimizer": {"kind": "rprop"},
-            "train": {"batch_size": 200_000},
+            "train": {"batch_size": 600_000},
         },
         [["train.part_rows"]],
     ),
     "rows": ({"data": {"rows": 2_000_000, "residency": "device"}}, [["data.residency"]]),
     "both": (
-        {"data": {"rows": 2_000_000, "residency": "device"}, "train": {"batch_size": 300_000}},
+        {"data": {"rows": 2_000_000, "residency": "device"}, "train": {"batch_size": 900_000}},
         [["data.residency", "train.part_rows"], ["data.residency", "train.batch_size"]],
     ),
 }
@@ -322,7 +322,7 @@ LARGE: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_what_is_proposed_fits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And half as many rows again do not, where nobody asks beforehand."""
+    """And twice as many rows do not, where nobody asks beforehand."""
     sections, expected = LARGE[name]
     parsed, budget = make(**sections), 20 * 2**20
     with pytest.raises(UserError, match=r"the training needs .* 20.0 MiB are free and .* are missing; ") as caught:
@@ -337,7 +337,7 @@ def test_what_is_proposed_fits(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         key, _, number = change[-1].partition("=")
         if number.isdigit():
             with pytest.raises((MemoryError, UserError)):
-                start(changed(parsed, [*change[:-1], f"{key}={int(number) * 3 // 2}"]), budget)
+                start(changed(parsed, [*change[:-1], f"{key}={int(number) * 2}"]), budget)
     with pytest.raises((MemoryError, UserError)):
         start(parsed, budget)
 
@@ -374,12 +374,12 @@ def test_no_batch_is_small_enough() -> None:
 
 def test_out_of_memory_at_a_step() -> None:
     """Where others take what was free: less than was needed is there, and what is proposed fits into that."""
-    sections = {"data": {"rows": 200_000, "residency": "host"}, "network": {"hidden": [200, 200]}}
-    parsed = make(**sections, train={"batch_size": 20_000, "part_rows": 10_000})
+    sections = {"data": {"rows": 600_000, "residency": "host"}, "network": {"hidden": [200, 200]}}
+    parsed = make(**sections, train={"batch_size": 200_000, "part_rows": 100_000})
     backend = Measured()
     dataset = load_data(parsed, backend=backend)
     trainer = Trainer(parsed, backend, dataset)
-    backend.budget = backend.used + 1000  # the second buffer of gradients is yet to come
+    backend.budget = backend.used + 1_000_000  # the arrays of a step are yet to come
     with pytest.raises(MemoryError):
         next(trainer.run())
     budget, error = backend.budget, memory.out_of_memory(parsed, dataset, backend, trainer.steps)
@@ -392,7 +392,7 @@ def test_out_of_memory_at_a_step() -> None:
     again = str(memory.out_of_memory(parsed, dataset, backend, trainer.steps))
     needed = memory.size(memory.estimate(parsed, dataset, backend).total)
     assert f"needs about {needed}, and about {needed} were there" in again
-    assert all(0 < int(change[0].partition("=")[2]) < 10_000 for change in proposals(again))
+    assert all(0 < int(change[0].partition("=")[2]) < 100_000 for change in proposals(again))
 
 
 def test_info(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:

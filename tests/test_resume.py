@@ -300,7 +300,7 @@ def test_running_out_of_memory_leaves_the_last_checkpoint(
     tiny_config: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of a step, whose arrays are then whatever they are."""
-    real = Optimizer.step
+    real = Optimizer.begin
 
     def runs_out(self: Optimizer, *arguments: Any) -> None:
         if self.steps == 5:
@@ -311,7 +311,7 @@ def test_running_out_of_memory_leaves_the_last_checkpoint(
     run = tmp_path / "run"
     config = tiny_config(checkpoint={"every_steps": 2}, optimizer={"kind": "adam", "learning_rate": 0.01})
     with monkeypatch.context() as patched:
-        patched.setattr(Optimizer, "step", runs_out)
+        patched.setattr(Optimizer, "begin", runs_out)
         with pytest.raises(UserError, match=r"out of memory at step 6: the training needs about .* would fit"):
             train(config, backend="numpy", run=run)
     found = CheckpointFolder(run, 2).newest()

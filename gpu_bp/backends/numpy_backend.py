@@ -36,7 +36,9 @@ from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, GroupedLoss, Los
 
 # Elements that a formula works on at a time: its few arrays then stay in a core's second-level cache.
 BLOCK = 16384
-# Likewise where nothing is written.
+# Elements of biases that are added at a time.
+TILE = 2048
+# Elements that are looked at a time, where nothing is written.
 LOOK = 4 * BLOCK
 
 
@@ -54,7 +56,11 @@ class Scratch:
     b = cached_property(lambda self: self._new())
     c = cached_property(lambda self: self._new())
     mask = cached_property(lambda self: np.empty(self._shape, np.bool_))
+    bits = cached_property(lambda self: self.a.view(f"i{self._dtype.itemsize}"))
+    zeros = cached_property(lambda self: np.zeros(self._shape, self._dtype))
     uniforms = cached_property(lambda self: np.empty(self._shape))
+    ones = cached_property(lambda self: np.ones(self._shape, self._dtype))
+    tile = cached_property(lambda self: np.empty((TILE // self._shape[0], self._shape[0]), self._dtype))
     row_a = cached_property(lambda self: np.empty((self._shape[0], 1), self._dtype))
     row_b = cached_property(lambda self: np.empty((self._shape[0], 1), self._dtype))
     row_index = cached_property(lambda self: np.empty(self._shape[0], np.int64))
@@ -69,7 +75,9 @@ def _is_set(flag: Array | None) -> bool:
 def _block_rows(shape: tuple[int, ...]) -> int:
     """Rows of an array that a formula works on at a time."""
     rows, n = shape[0], math.prod(shape)
-    return max(1, rows) if n <= BLOCK else max(1, BLOCK * rows // n)
+    step = max(1, rows) if n <= BLOCK else max(1, BLOCK * rows // n)
+    tile = TILE * rows // n if n else 0  # rows of a tile of biases: whole ones
+    return step // tile * tile if n > BLOCK and 1 < tile <= step else step
 
 
 class HostNumbers:
@@ -161,8 +169,12 @@ class NumpyBackend:
     def activate(
         self, activation: Activation | RowActivation, net_input: Array, biases: Array | None, output: Array
     ) -> None:
+        tile = self._tile(biases, len(net_input))
         for (v, y), scratch in self._slices(net_input, output):
-            if biases is not None:
+            if tile is not None and len(v) % len(tile) == 0:
+                several = v.reshape(-1, tile.size)
+                self._do(np.add, several, tile.reshape(1, -1), several)
+            elif biases is not None:
                 self._do(np.add, v, biases, v)
             self._do(activation.value.numpy, v, v if output is net_input else y, scratch, **activation.values)
 
@@ -197,7 +209,7 @@ class NumpyBackend:
                 self._do(activation.delta.numpy, e, x, e, scratch, **activation.values)
 
     def column_sums(self, x: Array, out: Array) -> None:
-        self._do(np.add.reduce, x, axis=0, out=out)
+        self._do(np.dot, self._scratch_like(x[:, 0]).ones, x, out)
 
     def accumulate(self, x: Array, total: Array, *, squares: bool = False) -> None:
         if not squares:
@@ -373,6 +385,14 @@ class NumpyBackend:
             function(*arguments, **keywords)
         else:
             self._calls.append(partial(function, *arguments, **keywords))
+
+    def _tile(self, biases: Array | None, rows: int) -> Array | None:
+        """The biases over and over, as rows: NumPy adds a few long rows faster than many short ones. None: not so."""
+        if biases is None or rows * len(biases) < BLOCK // 4 or len(biases) > TILE // 4:
+            return None
+        tile = self._scratch_like(biases).tile
+        self._do(np.copyto, tile, biases)
+        return tile
 
     def _slices(self, *arrays: Array) -> Iterator[tuple[tuple[Array, ...], Scratch]]:
         """The arrays cut into blocks of rows, with scratch arrays of the first one's shape."""
