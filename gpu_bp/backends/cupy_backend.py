@@ -11,7 +11,6 @@ CuPy meanwhile keeps its place. Rows of the host alone are copied on a stream of
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import warnings
 import weakref
@@ -24,7 +23,7 @@ from gpu_bp.backends import cuda_kernels as kernels
 from gpu_bp.backends import cuda_rows
 from gpu_bp.backends.base import Action, Division, Numbers, or_unknown
 from gpu_bp.backends.cublas import WORKSPACE, Gemm, bindings, version
-from gpu_bp.backends.cuda_graph import Recording
+from gpu_bp.backends.cuda_graph import Captures, Recording
 from gpu_bp.backends.cuda_rows import CUDA_NAMES
 from gpu_bp.formula import Program
 from gpu_bp.registry import Permutations, Purpose
@@ -33,8 +32,6 @@ from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, GroupedLoss, Los
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # such as: several CuPy packages, or no CUDA toolkit path
     import cupy
-
-log = logging.getLogger("gpu_bp")
 
 
 def why_unusable() -> str | None:
@@ -168,6 +165,9 @@ class CupyBackend:
         graphs: whether what is recorded is captured in a CUDA graph; else it is asked for anew each time, to the same
             results. bindings: whether products go through NVIDIA's bindings where these can be used; without them
             CuPy multiplies, which may differ in the last bits, and nothing is captured.
+
+    Attributes:
+        captures: says how many graphs there are, and why there is none.
     """
 
     name = "cupy"
@@ -183,9 +183,8 @@ class CupyBackend:
         self._uploads = cupy.cuda.Stream(non_blocking=True)
         self._asked, self._uploaded = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
         self._graphs = graphs
-        self._captures = cupy.cuda.Stream(non_blocking=True)
+        self.captures = Captures(cupy)
         self._no_bindings = "" if bindings else "products are left to CuPy, as asked"  # why they are not used
-        self._said = not graphs
 
     @functools.cached_property
     def _gemm(self) -> Gemm | None:
@@ -225,17 +224,12 @@ class CupyBackend:
         cupy.cuda.get_current_stream().synchronize()
 
     def record(self, run: Action, worker: int = 0) -> Action:
-        if self._graphs and self._gemm is None:
-            self._not_captured(self._no_bindings)
-        if not self._graphs or self._gemm is None:
+        if not self._graphs:
             return run
-        return Recording(run, self._captures, cupy, lambda error: self._not_captured(_first_line(error)))
-
-    def _not_captured(self, why: str) -> None:
-        """Says so once."""
-        if not self._said:
-            log.warning(f"steps are not captured in a CUDA graph, which would be faster: {why}")
-            self._said = True
+        if self._gemm is None:
+            self.captures.refuse(self._no_bindings)
+            return run
+        return Recording(run, self.captures)
 
     def together(self, actions: Sequence[Action]) -> None:
         for action in actions:

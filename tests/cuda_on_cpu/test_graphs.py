@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gpu_bp.backends
 from cuda_on_cpu.backend import cupy_backend_module
 from cuda_on_cpu.fake_cupy import FakeCupy
 from cuda_on_cpu.test_backend_on_cpu import make_batch, make_step
@@ -239,7 +240,7 @@ def test_a_capture_that_fails(
         f"steps are not captured in a CUDA graph, which would be faster: {words}"
     ]
     assert_same_bits(trained(b), wanted)
-    assert cupy.device.counts["graphs"] == 4
+    assert (cupy.device.counts["graphs"], b.captures.count) == (4, 1)
 
 
 def test_an_interrupt_leaves_no_capture_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +306,8 @@ def test_without_the_bindings(error: Exception, words: str, caplog: pytest.LogCa
         assert module.why_unusable() is None
         states = [trained(b), trained(b)]
     assert_same_bits(*states)
-    assert cupy.device.counts["graphs"] == 0
+    assert (cupy.device.counts["graphs"], b.captures.count) == (0, 0)
+    assert words in b.captures.refused
     assert len(caplog.records) == 1
     assert words in caplog.text
     assert "\nsecond" not in caplog.text
@@ -321,3 +323,15 @@ def test_no_graphs_as_asked(caplog: pytest.LogCaptureFixture) -> None:
     trained(b)
     assert (cupy.device.counts["graphs"], caplog.records) == (0, [])
     assert b.libraries()["products"] != "cupy"
+
+
+@pytest.mark.parametrize(("value", "graphs"), [(None, 4), ("1", 4), ("0", 0)])
+def test_the_environment_says_no(value: str | None, graphs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For whoever looks for a fault."""
+    cupy = FakeCupy()
+    monkeypatch.setattr(gpu_bp.backends, "cupy_backend", cupy_backend_module(cupy), raising=False)
+    monkeypatch.delenv("GPU_BP_GRAPHS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("GPU_BP_GRAPHS", value)
+    trained(gpu_bp.backends.select("cupy")[0])
+    assert cupy.device.counts["graphs"] == graphs
