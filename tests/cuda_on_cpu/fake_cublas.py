@@ -6,6 +6,7 @@ Matrices are found by their addresses and leading dimensions alone, so that a wr
 from __future__ import annotations
 
 import ctypes
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ class FakeCublas:
 
     def __init__(self, cupy: FakeCupy) -> None:
         self._cupy = cupy
+        self._handles = itertools.count(4096)
         self._streams: dict[int, int] = {}
         self._workspaces: dict[int, tuple[int, int]] = {}
         self.calls: list[str] = []
@@ -39,7 +41,7 @@ class FakeCublas:
 
     def create(self) -> int:
         self._cupy.device.uncapturable("allocations", "synchronisations")
-        handle = 4096 + len(self._streams)
+        handle = next(self._handles)
         self._streams[handle] = 0
         return handle
 
