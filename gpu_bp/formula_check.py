@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_bp.backends.numpy_backend import Scratch
+from gpu_bp.backends.host_scratch import Scratch
 from gpu_bp.cuda_text import Runner
 from gpu_bp.errors import UserError
 from gpu_bp.gradcheck import ROUNDING, TOLERANCE

@@ -122,7 +122,7 @@ class Step:
                 for (action,) in self._phases(batch, used, 1):
                     action()
 
-        self._record(("at one go", kind, batch.last and self._kind_of_update(used)), run)()
+        self._record(("at one go", kind, batch.last and self._kind_of_update(batch, used)), run)()
         self._used = used
 
     def _in_parts(self, batch: Batch) -> None:
@@ -172,15 +172,15 @@ class Step:
         used, n = self._used, len(self.objective.gradients)
         workers = max(1, min(len(self._shares), n // UPDATED))
         phases = self._phases(batch, used, workers)
-        kind = self._kind_of_update(used)
+        kind = self._kind_of_update(batch, used)
         for k, phase in enumerate(phases):
             self._backend.together(
                 [self._record(("update", k, worker, kind), run, worker) for worker, run in enumerate(phase)]
             )
 
-    def _kind_of_update(self, used: int) -> tuple[object, ...]:
-        average = self.average
-        return used, self._rows if self._clip_norm else 0, average and (id(average), average.begun)
+    def _kind_of_update(self, batch: Batch, used: int) -> tuple[object, ...]:
+        average, rows = self.average, self._rows if self._clip_norm else 0
+        return used, self.objective.weighs(batch), rows, average and (id(average), average.begun)
 
     def _phases(self, batch: Batch, used: int, workers: int) -> list[list[Action]]:
         """The update of a step whose gradients stand in the first shares: what must be done before what.
@@ -188,13 +188,9 @@ class Step:
         What stands in one phase can be done at once, by so many workers, each on a range of the parameters.
         """
         objective, backend, optimizer, flag = self.objective, self._backend, self.optimizer, self.flag
-        network, gradients, average, weighted = (
-            objective.network,
-            objective.gradients,
-            self.average,
-            objective.weighs(batch),
-        )
+        network, gradients, average = objective.network, objective.gradients, self.average
         first, *others = self._shares[:used]
+        weighted = objective.weighs(batch)
         scaled = weighted or self._clip_norm > 0
         factor = self._factor if scaled else None
 

@@ -15,7 +15,7 @@ import numpy as np
 from gpu_bp import registry
 from gpu_bp.backends import cuda_kernels as kernels
 from gpu_bp.backends import cuda_rows
-from gpu_bp.backends.numpy_backend import Scratch
+from gpu_bp.backends.host_scratch import Scratch
 from gpu_bp.cuda_text import Runner, runner
 from gpu_bp.errors import UserError
 from gpu_bp.formula_check import COLUMNS, DTYPES, Arrays, Check, Formula, RecordError, as_dtype, numbers

@@ -49,11 +49,11 @@ identity = Activation(
 
 
 def _logistic_value(v: Array, y: Array, s: Scratch) -> None:
-    logistic_of(v, y)
+    logistic_of(v, y, s)
 
 
 def _logistic_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
-    np.subtract(1, y, out=s.a)
+    np.subtract(s.one, y, out=s.a)
     s.a *= y
     np.multiply(e, s.a, out=delta)
 
@@ -76,8 +76,8 @@ def _tanh_value(v: Array, y: Array, s: Scratch) -> None:
 
 
 def _tanh_delta(e: Array, y: Array, delta: Array, s: Scratch) -> None:
-    np.subtract(1, y, out=s.a)
-    np.add(1, y, out=s.b)
+    np.subtract(s.one, y, out=s.a)
+    np.add(s.one, y, out=s.b)
     s.a *= s.b
     np.multiply(e, s.a, out=delta)
 

@@ -35,12 +35,12 @@ def clamp(v: np.ndarray, low: float, high: float, out: np.ndarray) -> None:
     np.minimum(out, high, out=out)
 
 
-def logistic(v: np.ndarray, out: np.ndarray) -> None:
+def logistic(v: np.ndarray, out: np.ndarray, s: Scratch) -> None:
     """`out` = 1 / (1 + exp(-v)), 0 where exp overflows. (scipy.special.expit, without vector code, is much slower.)"""
     np.negative(v, out=out)
     with np.errstate(over="ignore"):
         np.exp(out, out=out)
-    out += 1
+    out += s.one
     np.reciprocal(out, out=out)
 
 

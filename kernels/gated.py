@@ -29,13 +29,13 @@ _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
 def _silu_value(v: Array, y: Array, s: Scratch) -> None:
     np.maximum(v, -_SATURATED, out=s.a)
-    logistic(s.a, s.b)
+    logistic(s.a, s.b, s)
     np.multiply(s.a, s.b, out=y)
 
 
 def _silu_delta(e: Array, v: Array, delta: Array, s: Scratch) -> None:
     clamp(v, -_SATURATED, _SATURATED, out=s.a)
-    logistic(s.a, s.b)
+    logistic(s.a, s.b, s)
     np.subtract(1, s.b, out=s.c)
     s.a *= s.c
     s.a += 1
@@ -65,7 +65,7 @@ def _gelu_tanh_value(v: Array, y: Array, s: Scratch) -> None:
     s.a *= _TWO_C * _CUBIC
     s.a += _TWO_C
     s.a *= s.c
-    logistic(s.a, s.b)
+    logistic(s.a, s.b, s)
     np.maximum(v, -_SATURATED, out=s.a)
     np.multiply(s.a, s.b, out=y)
 
@@ -76,7 +76,7 @@ def _gelu_tanh_delta(e: Array, v: Array, delta: Array, s: Scratch) -> None:
     np.multiply(s.a, _TWO_C * _CUBIC, out=s.b)
     s.b += _TWO_C
     s.b *= s.c
-    logistic(s.b, s.b)  # p
+    logistic(s.b, s.b, s)  # p
     s.a *= 3 * _TWO_C * _CUBIC
     s.a += _TWO_C  # 2u'
     s.a *= s.c

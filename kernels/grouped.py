@@ -71,7 +71,7 @@ quantile = GroupedLoss(
 
 def _gaussian_nll(y: Array, d: Array, loss: Array, e: Array, s: Scratch, eps: float) -> None:
     np.copyto(s.a, y[:, 1])
-    logistic(s.a, s.c)
+    logistic(s.a, s.c, s)
     np.logaddexp(s.a, 0, out=s.a)
     s.a += eps  # the variance, whose derivative by output 1 is s.c
     np.copyto(s.b, y[:, 0])

@@ -184,7 +184,7 @@ def _binary_cross_entropy(
     np.maximum(v, 0, out=s.b)
     np.negative(v, out=s.c)
     np.maximum(s.c, 0, out=s.c)  # not max(v, 0) - v, which is NaN at infinity
-    logistic(v, y)
+    logistic(v, y, s)
     np.subtract(1, d, out=loss)
     loss *= s.b
     s.c *= d

@@ -18,7 +18,7 @@ from update_rules import VARIANTS, numbers
 from gpu_bp import Batch, Network, Objective, Optimizer, Step, registry
 from gpu_bp.average import Average
 from gpu_bp.backends import Backend, NumpyBackend
-from gpu_bp.backends.numpy_backend import LOOK
+from gpu_bp.backends.host_scratch import LOOK
 from gpu_bp.divergence import Diagnosis, diagnose
 from gpu_bp.noise import Noise
 from gpu_bp.spec import FusedLoss

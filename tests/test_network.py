@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gpu_bp import Batch, Layout, Network, Objective, Optimizer, Step, UserError, registry
 from gpu_bp.backends import Backend, NumpyBackend
-from gpu_bp.backends.numpy_backend import BLOCK
+from gpu_bp.backends.host_scratch import BLOCK
 from gpu_bp.network import ALIGNMENT
 from gpu_bp.spec import Activation, FusedLoss
 

@@ -264,10 +264,18 @@ def test_an_error_comes_through(which: int) -> None:
     workers.count = 2
     before = workers._blas and workers._blas.get_num_threads()
 
+    failed = threading.Event()
+
     def fails() -> None:
+        failed.set()
         raise MemoryError("here")
 
-    actions = [lambda: ended.append(1), lambda: ended.append(2)]
+    def ends(k: int) -> None:
+        failed.wait(60)
+        np.linalg.svd(np.ones((300, 300)))  # which takes a while
+        ended.append(k)
+
+    actions = [lambda: ends(1), lambda: ends(2)]
     actions[which] = fails
     with pytest.raises(MemoryError, match="here"):
         workers.together(actions)

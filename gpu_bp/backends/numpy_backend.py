@@ -12,20 +12,20 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gpu_bp import host_memory
+from gpu_bp.backends import host_calls as calls
 from gpu_bp.backends import host_libraries, host_threads
 from gpu_bp.backends.base import Action, Division, Numbers, or_unknown
+from gpu_bp.backends.host_scratch import BLOCK, LOOK, TILE, Scratch, block_rows
 from gpu_bp.formula import Program, evaluate
 from gpu_bp.registry import (
     Permutations,
     Purpose,
-    dropout,
-    element_of_step,
     limit_norm,
     normalise,
     normalise_delta,
@@ -33,51 +33,6 @@ from gpu_bp.registry import (
     uniforms,
 )
 from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, GroupedLoss, Loss, Penalty, RowActivation, Update
-
-# Elements that a formula works on at a time: its few arrays then stay in a core's second-level cache.
-BLOCK = 16384
-# Elements of biases that are added at a time.
-TILE = 2048
-# Elements that are looked at a time, where nothing is written.
-LOOK = 4 * BLOCK
-
-
-class Scratch:
-    """Scratch arrays of one shape and dtype, made when first used. See `gpu_bp.spec.Scratch`."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self._shape = shape
-        self._dtype = dtype
-
-    def _new(self) -> np.ndarray:
-        return np.empty(self._shape, self._dtype)
-
-    a = cached_property(_new)
-    b = cached_property(lambda self: self._new())
-    c = cached_property(lambda self: self._new())
-    mask = cached_property(lambda self: np.empty(self._shape, np.bool_))
-    bits = cached_property(lambda self: self.a.view(f"i{self._dtype.itemsize}"))
-    zeros = cached_property(lambda self: np.zeros(self._shape, self._dtype))
-    uniforms = cached_property(lambda self: np.empty(self._shape))
-    ones = cached_property(lambda self: np.ones(self._shape, self._dtype))
-    tile = cached_property(lambda self: np.empty((TILE // self._shape[0], self._shape[0]), self._dtype))
-    row_a = cached_property(lambda self: np.empty((self._shape[0], 1), self._dtype))
-    row_b = cached_property(lambda self: np.empty((self._shape[0], 1), self._dtype))
-    row_index = cached_property(lambda self: np.empty(self._shape[0], np.int64))
-    row_start = cached_property(lambda self: np.arange(self._shape[0]) * self._shape[1])
-
-
-def _is_set(flag: Array | None) -> bool:
-    """Whether a training has gone wrong: see `Backend.watch`."""
-    return flag is not None and bool(flag.item() >= 0)
-
-
-def _block_rows(shape: tuple[int, ...]) -> int:
-    """Rows of an array that a formula works on at a time."""
-    rows, n = shape[0], math.prod(shape)
-    step = max(1, rows) if n <= BLOCK else max(1, BLOCK * rows // n)
-    tile = TILE * rows // n if n else 0  # rows of a tile of biases: whole ones
-    return step // tile * tile if n > BLOCK and 1 < tile <= step else step
 
 
 class HostNumbers:
@@ -122,8 +77,8 @@ class NumpyBackend:
         pass  # NumPy has done everything when it returns
 
     def record(self, run: Action, worker: int = 0) -> Action:
-        calls: list[Action] = []
-        self._calls, self._worker, self._largest = calls, worker, 0
+        kept: list[Action] = []
+        self._calls, self._worker, self._largest = kept, worker, 0
         try:
             run()
         finally:
@@ -131,7 +86,7 @@ class NumpyBackend:
         threads = host_threads.blas_threads(self._largest)
 
         def play() -> None:
-            for call in calls:
+            for call in kept:
                 call()
 
         def play_within() -> None:
@@ -156,11 +111,11 @@ class NumpyBackend:
         self._do(array.fill, value)
 
     def advance(self, counter: Array) -> None:
-        self._do(_advance, counter)
+        self._do(calls.advance, counter)
 
     def gather(self, table: Array, rows: Array, out: Array) -> None:
         # mode="clip": with "raise", take would write into a copy of out first
-        self._do(np.take, table, rows, axis=0, out=out, mode="clip")
+        self._do(table.take, rows, axis=0, out=out, mode="clip")
 
     def matmul(self, a: Array, b: Array, out: Array, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
         self._largest = max(self._largest, a.size * out.shape[1])
@@ -213,11 +168,11 @@ class NumpyBackend:
 
     def accumulate(self, x: Array, total: Array, *, squares: bool = False) -> None:
         if not squares:
-            self._do(_add_sum, x.reshape(-1), total)
+            self._do(calls.add_sum, x.reshape(-1), total)
             return
         for (part,), scratch in self._slices(x):
             self._do(np.multiply, part, part, scratch.a)
-            self._do(_add_sum, scratch.a, total)
+            self._do(calls.add_sum, scratch.a, total)
 
     def add(self, a: Array, b: Array, out: Array) -> None:
         self._do(np.add, a, b, out)
@@ -254,21 +209,21 @@ class NumpyBackend:
 
     def dropout(self, seed: int, step: Array, start: int, rate: float, x: Array, out: Array) -> None:
         for (x_part, part), scratch in self._slices(x.reshape(-1), out.reshape(-1)):
-            self._do(_dropout, seed, step, start, rate, x_part, part, scratch)
+            self._do(calls.dropout, seed, step, start, rate, x_part, part, scratch)
             start += len(part)
 
     def input_noise(self, seed: int, step: Array, start: int, sd: float, x: Array, out: Array) -> None:
         for (x_part, part), _ in self._slices(x.reshape(-1), out.reshape(-1)):
-            self._do(_input_noise, seed, step, start, sd, x_part, part)
+            self._do(calls.input_noise, seed, step, start, sd, x_part, part)
             start += len(part)
 
     def step_factor(self, scale: float, weight: Array | None, squares: Array | None, most: float, out: Array) -> None:
-        self._do(_step_factor, scale, weight, squares, most, out)
+        self._do(calls.step_factor, scale, weight, squares, most, out)
 
     def watch(self, gradients: Array, total: Array, steps: Array, flag: Array) -> None:
         # 0 times what is finite is 0, and 0 times anything else is NaN
         parts = [gradients[start : start + LOOK] for start in range(0, len(gradients), LOOK)]
-        self._do(_watch, [(part, self._zeros[part.dtype][: len(part)]) for part in parts], total, steps, flag)
+        self._do(calls.watch, [(part, self._zeros[part.dtype][: len(part)]) for part in parts], total, steps, flag)
 
     def limit_norms(self, weights: Array, most: float, flag: Array | None = None) -> None:
         slices = list(self._slices(weights))
@@ -277,7 +232,7 @@ class NumpyBackend:
             for (w,), scratch in slices:
                 limit_norm.numpy(w, most, scratch)
 
-        self._do(_unless_set, flag, run)
+        self._do(calls.unless_set, flag, run)
 
     def average(self, parameters: Array, average: Array, rest: float, flag: Array | None = None) -> None:
         slices = list(self._slices(parameters, average))
@@ -288,7 +243,7 @@ class NumpyBackend:
                 scratch.a *= rest
                 mean += scratch.a
 
-        self._do(_unless_set, flag, run)
+        self._do(calls.unless_set, flag, run)
 
     def update(
         self,
@@ -328,7 +283,7 @@ class NumpyBackend:
                     penalty(w, scratch.a, scratch, values[k])
                 twin(w, scratch.a, *rest, scratch, **own)
 
-        self._do(_unless_set, flag, run)
+        self._do(calls.unless_set, flag, run)
 
     def uniforms(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
         for part in self._parts(len(out)):
@@ -353,7 +308,7 @@ class NumpyBackend:
         return host_memory.free_bytes()
 
     def scratch_bytes(self, shapes: Iterable[tuple[int, ...]], dtype: Any) -> int:
-        blocks = {(n, *shape[1:]) for shape in shapes for step in [_block_rows(shape)] for n in (step, shape[0] % step)}
+        blocks = {(n, *shape[1:]) for shape in shapes for step in [block_rows(shape)] for n in (step, shape[0] % step)}
         each: int = 3 * np.dtype(dtype).itemsize + 1 + 8  # a, b, c; mask; uniforms
         return each * sum(map(math.prod, blocks))
 
@@ -397,7 +352,7 @@ class NumpyBackend:
     def _slices(self, *arrays: Array) -> Iterator[tuple[tuple[Array, ...], Scratch]]:
         """The arrays cut into blocks of rows, with scratch arrays of the first one's shape."""
         first = arrays[0]
-        rows, step = len(first), _block_rows(first.shape)
+        rows, step = len(first), block_rows(first.shape)
         if step >= rows:
             yield arrays, self._scratch_like(first)
             return
@@ -411,41 +366,3 @@ class NumpyBackend:
         if scratch is None:
             scratch = kept[key] = Scratch(*key)
         return scratch
-
-
-# What is called again when a recording is run --------------------------------------------------------------
-
-
-def _advance(counter: Array) -> None:
-    counter[0] += 1
-
-
-def _add_sum(x: Array, total: Array) -> None:
-    total[0] += np.add.reduce(x)  # pairwise, so float32 is accurate enough within a batch
-
-
-def _dropout(seed: int, step: Array, start: int, rate: float, x: Array, out: Array, scratch: Scratch) -> None:
-    dropout(seed, element_of_step(int(step[0]), 0, start), rate, x, out, scratch)
-
-
-def _input_noise(seed: int, step: Array, start: int, sd: float, x: Array, out: Array) -> None:
-    noise = normals(seed, Purpose.INPUT_NOISE, element_of_step(int(step[0]), 0, start), len(x))
-    np.add(x, sd * noise, out=out, casting="unsafe")
-
-
-def _step_factor(scale: float, weight: Array | None, squares: Array | None, most: float, out: Array) -> None:
-    total = 1.0 if weight is None else float(weight[0])
-    mean = 1 / total if total > 0 else 0.0
-    clip = 1.0 if squares is None else most / (math.sqrt(float(squares[0])) * scale * mean + 1e-6)
-    out[0] = mean * min(clip, 1.0)
-
-
-def _watch(parts: Sequence[tuple[Array, Array]], total: Array, steps: Array, flag: Array) -> None:
-    finite = math.isfinite(total.item()) and all(part.dot(zeros) == 0 for part, zeros in parts)
-    if not finite and not _is_set(flag):
-        flag[0] = steps[0] + 1
-
-
-def _unless_set(flag: Array | None, run: Callable[[], object]) -> None:
-    if not _is_set(flag):
-        run()

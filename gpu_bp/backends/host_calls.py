@@ -1,0 +1,53 @@
+"""What the NumPy backend calls beside NumPy's own functions and the twins: again and again, where it is recorded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gpu_bp.backends.host_scratch import Scratch
+from gpu_bp.registry import Purpose, element_of_step, normals
+from gpu_bp.registry import dropout as dropout_of
+from gpu_bp.spec import Array
+
+
+def is_set(flag: Array | None) -> bool:
+    """Whether a training has gone wrong: see `Backend.watch`."""
+    return flag is not None and bool(flag.item() >= 0)
+
+
+def advance(counter: Array) -> None:
+    counter[0] += 1
+
+
+def add_sum(x: Array, total: Array) -> None:
+    total[0] += np.add.reduce(x)  # pairwise, so float32 is accurate enough within a batch
+
+
+def dropout(seed: int, step: Array, start: int, rate: float, x: Array, out: Array, scratch: Scratch) -> None:
+    dropout_of(seed, element_of_step(int(step[0]), 0, start), rate, x, out, scratch)
+
+
+def input_noise(seed: int, step: Array, start: int, sd: float, x: Array, out: Array) -> None:
+    noise = normals(seed, Purpose.INPUT_NOISE, element_of_step(int(step[0]), 0, start), len(x))
+    np.add(x, sd * noise, out=out, casting="unsafe")
+
+
+def step_factor(scale: float, weight: Array | None, squares: Array | None, most: float, out: Array) -> None:
+    total = 1.0 if weight is None else float(weight[0])
+    mean = 1 / total if total > 0 else 0.0
+    clip = 1.0 if squares is None else most / (math.sqrt(float(squares[0])) * scale * mean + 1e-6)
+    out[0] = mean * min(clip, 1.0)
+
+
+def watch(parts: Sequence[tuple[Array, Array]], total: Array, steps: Array, flag: Array) -> None:
+    finite = math.isfinite(total.item()) and all(part.dot(zeros) == 0 for part, zeros in parts)
+    if not finite and not is_set(flag):
+        flag[0] = steps[0] + 1
+
+
+def unless_set(flag: Array | None, run: Callable[[], object]) -> None:
+    if not is_set(flag):
+        run()
