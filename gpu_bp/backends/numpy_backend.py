@@ -39,10 +39,10 @@ class HostNumbers:
     """Numbers that are read where they are: see `gpu_bp.backends.base.Numbers`."""
 
     def __init__(self, count: int) -> None:
-        self.values: Sequence[float] = (math.nan,) * count
+        self.steps: Sequence[Sequence[float]] = ((math.nan,) * count,)
 
-    def set(self, values: Sequence[float]) -> None:
-        self.values = values
+    def set(self, *steps: Sequence[float]) -> None:
+        self.steps = steps
 
 
 class NumpyBackend:
@@ -51,6 +51,7 @@ class NumpyBackend:
     name = "numpy"
     resident_bytes = 2**28
     read_every = 1
+    steps_at_once = 1  # to be asked costs nothing here
 
     def __init__(self) -> None:
         self.device = str(or_unknown(host_libraries.processor))
@@ -256,6 +257,7 @@ class NumpyBackend:
         n_weights: int,
         factor: Array | None = None,
         flag: Array | None = None,
+        step: int = 0,
     ) -> None:
         assert isinstance(numbers, HostNumbers)
         arrays = (parameters, gradients, *state)
@@ -273,7 +275,7 @@ class NumpyBackend:
         names, twin, count = record.scalar_names, record.update.numpy, len(penalties)
 
         def run() -> None:
-            scale, *values = numbers.values
+            scale, *values = numbers.steps[step]
             own = dict(zip(names, values[count:], strict=True))
             if factor is not None:
                 scale *= float(factor[0])
