@@ -214,9 +214,9 @@ class Backend(Protocol):
     ) -> None:
         """One step of an update rule over flat buffers, for the mean gradient scale * factor * gradients.
 
-        Penalties come before the rule, in their order. `numbers` are the scale, the penalties' and the rule's scalars; of
-        those of several steps, `step` says which.
-        Penalties of weights act on the first `n_weights` parameters alone. `factor` is (1,), on the device.
+        Penalties come before the rule, in their order. `numbers` are the scale, the penalties' and the rule's scalars;
+        of those of several steps, `step` says which. Penalties of weights act on the first `n_weights` parameters alone.
+        `factor` is (1,), on the device.
         """
 
     # random numbers and generated rows
