@@ -215,7 +215,7 @@ class Backend(Protocol):
         """One step of an update rule over flat buffers, for the mean gradient scale * factor * gradients.
 
         Penalties come before the rule, in their order. `numbers` are the scale, the penalties' and the rule's scalars;
-        of those of several steps, `step` says which. Penalties of weights act on the first `n_weights` parameters alone.
+        of those of several steps `step` says which. Penalties of weights act on the first `n_weights` parameters alone.
         `factor` is (1,), on the device.
         """
 
