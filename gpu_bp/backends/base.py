@@ -7,6 +7,7 @@ written into arrays that the caller owns. Shapes and dtypes are the caller's pro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -260,6 +261,17 @@ class Backend(Protocol):
 
     def finish_uploads(self) -> None:
         """The host waits until all uploads so far are made, and may fill their staging memory again."""
+
+    # to see where the time goes
+
+    def mark(self) -> Any:
+        """A place in the order of what the device is given, for `seconds`; the host does not wait."""
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """How long the device took from one mark to the other, at which the host waits for it."""
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """What the host asks for within it has this name in a profiler's picture, where the backend has one."""
 
 
 def or_unknown(ask: Callable[[], Any]) -> Any:

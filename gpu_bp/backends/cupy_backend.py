@@ -14,7 +14,8 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -485,6 +486,24 @@ class CupyBackend:
 
     def finish_uploads(self) -> None:
         self._uploaded.synchronize()
+
+    def mark(self) -> Any:
+        event = cupy.cuda.Event()
+        event.record()
+        return event
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        end.synchronize()
+        milliseconds: float = cupy.cuda.get_elapsed_time(begin, end)
+        return milliseconds / 1000
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        cupy.cuda.nvtx.RangePush(name)
+        try:
+            yield
+        finally:
+            cupy.cuda.nvtx.RangePop()
 
     def _rows(
         self,

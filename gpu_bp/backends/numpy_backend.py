@@ -10,8 +10,10 @@ caller owns, and scratch arrays are kept by shape.
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -329,6 +331,15 @@ class NumpyBackend:
 
     def finish_uploads(self) -> None:
         pass
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @staticmethod
     def _parts(n: int, width: int = 1) -> Iterator[slice]:
