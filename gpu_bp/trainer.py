@@ -151,15 +151,9 @@ class Trainer:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             while self.steps < self.total_steps and not self.stopped:
                 epoch, bad = self.epoch, None
-<<<<<<< HEAD
-                follows = self.total_steps - self.steps > self._batches.per_epoch - self.epoch_step
-                for batch in self._batches.epoch(epoch, self.epoch_step, follows=follows, free=self._free):
-                    before = self.steps
-=======
                 follows = self.total_steps - self.steps > self.batches.per_epoch - self.epoch_step
-                for batch in self.batches.epoch(epoch, self.epoch_step, follows=follows):
-                    rate = optimizer.learning_rate
->>>>>>> main
+                for batch in self.batches.epoch(epoch, self.epoch_step, follows=follows, free=self._free):
+                    before = self.steps
                     self.step(batch)
                     self.rows += batch.n
                     if not batch.last:

@@ -36,31 +36,21 @@ class FakeCupy:
         order: in which the threads of a kernel run.
         dry: nothing runs.
         lazy: a call runs only when somebody waits for its stream.
-<<<<<<< HEAD
-
-    `bindings` stands for nvmath.bindings.cublas.
-=======
-        gemm_in_capture: whether `cublas.gemm` may be captured. CuPy refuses it, although CUDA does not.
 
     Attributes:
+        bindings: stands for nvmath.bindings.cublas.
         ranges: the NVTX ranges that were opened and closed again, in the order of their ends, each "outer/inner".
->>>>>>> main
     """
 
     def __init__(self, order: Order = "forward", *, dry: bool = False, lazy: bool = False) -> None:
         codegen.require()
         self.__version__ = codegen.real_cupy().__version__
         self.device = Device(order, dry=dry, lazy=lazy)
-<<<<<<< HEAD
         self._streams = [Stream(self, self.device.queue, 0)]  # the default one first
         self._current = [self._streams[0]]
         self.bindings = FakeCublas(self)
-=======
-        self._queues = [self.device.queue]
-        self._gemm_in_capture = gemm_in_capture
         self.ranges: list[str] = []
         self._open_ranges: list[str] = []
->>>>>>> main
         self.cublas = SimpleNamespace(gemm=self._gemm)
         runtime = SimpleNamespace(
             getDeviceCount=lambda: 1,
@@ -78,17 +68,12 @@ class FakeCupy:
             cublas=SimpleNamespace(getVersion=lambda handle: 120804),
             nvrtc=SimpleNamespace(getVersion=lambda: (12, 8)),
             Stream=self._stream,
-<<<<<<< HEAD
             get_current_stream=lambda: self._current[-1],
             MemoryPool=lambda: SimpleNamespace(malloc=None),
             using_allocator=lambda allocator: nullcontext(),
-            Event=lambda disable_timing=False: Event(self.device),
-=======
-            get_current_stream=lambda: Stream(self.device, self.device.queue),
             Event=lambda disable_timing=False: Event(self.device, timed=not disable_timing),
             get_elapsed_time=elapsed_time,
             nvtx=SimpleNamespace(RangePush=self._push_range, RangePop=self._pop_range),
->>>>>>> main
             alloc_pinned_memory=self.device.pinned,
         )
 
