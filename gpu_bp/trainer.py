@@ -131,19 +131,21 @@ class Trainer:
                 f'or set {table}.metric = "train_loss"'
             )
 
-    def run(self, stop: Callable[[], str] = lambda: "") -> Generator[dict[str, Any] | None, None, None]:
+    def run(
+        self, stop: Callable[[], str] = lambda: "", *, together: bool = False
+    ) -> Generator[dict[str, Any] | None, None, None]:
         """Trains from where it is; yields None after a step, or a line of metrics where one is due.
 
-        Where a backend takes several steps at once (see `Backend.steps_at_once`) nothing is done between these: it does
-        where nothing is due after one. `stop` is asked after every step, or after these; where it gives a reason, the
-        training pauses there: run again, here or from its state in another process, it goes on as if it had never
-        stopped.
+        `stop` is asked after every step; where it gives a reason, the training pauses there: run again, here or from
+        its state in another process, it goes on as if it had never stopped. With `together` a backend may take several
+        steps at once where nothing is due between them (`Backend.steps_at_once`), and both come after these.
 
         Raises:
             Diverged: a loss or a gradient was not finite (at which step, where, and for which rows); the network is
                 the one before that step.
         """
         optimizer, read_every = self.step.optimizer, self.model.network.backend.read_every
+        free = self._free if together else lambda: 1
         begin = time.perf_counter() - self.seconds
         if self.paused:
             self.stopped, self.paused = "", False
@@ -152,7 +154,7 @@ class Trainer:
             while self.steps < self.total_steps and not self.stopped:
                 epoch, bad = self.epoch, None
                 follows = self.total_steps - self.steps > self.batches.per_epoch - self.epoch_step
-                for batch in self.batches.epoch(epoch, self.epoch_step, follows=follows, free=self._free):
+                for batch in self.batches.epoch(epoch, self.epoch_step, follows=follows, free=free):
                     before = self.steps
                     self.step(batch)
                     self.rows += batch.n

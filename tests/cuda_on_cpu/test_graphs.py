@@ -209,7 +209,7 @@ def test_trainings(name: str) -> None:
 
         while trainer.steps < trainer.total_steps:
             before = trainer.steps
-            for line in trainer.run(stop):
+            for line in trainer.run(stop, together=True):
                 runs.append(trainer.steps - before)
                 before = trainer.steps
                 if line:
@@ -237,7 +237,7 @@ def test_a_divergence_within_a_replay() -> None:
         }
         trainer = Trainer(parse_config(tables), b)
         with pytest.raises(Diverged) as caught:
-            list(trainer.run())
+            list(trainer.run(together=True))
         messages.append((str(caught.value), b.to_host(trainer.model.network.parameters).tobytes(), trainer.steps))
     assert messages[0] == messages[1]
 
