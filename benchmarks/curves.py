@@ -50,9 +50,11 @@ def find_bikes() -> Path | None:
     return next((path for folder in folders if (path := folder / "bike-sharing/hour.csv").is_file()), None)
 
 
-def read(path: Path, precision: str) -> Config:
+def read(path: Path, precision: str, *, every_step: bool = True) -> Config:
     """A config with a line of metrics at every step, its data where they are, and no end before its length."""
-    overrides = [f"train.precision={precision}", "train.log_every=1", *CHANGED.get(path.stem, ())]
+    overrides = [f"train.precision={precision}", *CHANGED.get(path.stem, ())]
+    if every_step:
+        overrides.append("train.log_every=1")
     if path.stem == "bike-sharing" and (bikes := find_bikes()):
         overrides.append(f"data.path={bikes}")
     config = load_config(path, overrides)

@@ -3,8 +3,9 @@
     python -m benchmarks.gpu_check [--backend cupy] [--out FOLDER]
 
 1. the first 500 steps of every config on the device and on NumPy: the loss curves must agree;
-2. the benchmarks that exist;
-3. the test suite on the device, but for what needs none (experiments, packaging, kernels on the CPU), in the time
+2. its first 100 steps replayed from a CUDA graph and asked for one by one: all bits must be the same;
+3. the benchmarks that exist;
+4. the test suite on the device, but for what needs none (experiments, packaging, kernels on the CPU), in the time
    that is left of 8 minutes.
 
 It needs no network, and writes `report.json` and `README.md` into benchmarks/results/DEVICE-DATE/, also where a part
@@ -29,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import curves, data, step
+from benchmarks import curves, data, graphs, step
 from gpu_bp import UserError, select
 from gpu_bp.backends import Backend, NumpyBackend
 
@@ -42,7 +43,7 @@ NEEDED = ("pytest", "hypothesis", "mpmath", "jsonschema")  # by the tests, besid
 def versions(backend: Backend) -> dict[str, Any]:
     """What was used: device, driver, CUDA and package versions."""
     found: dict[str, Any] = {"backend": backend.name, "device": backend.device, "python": platform.python_version()}
-    for package in ("gpu_bp", "numpy", "scipy", "cupy-cuda13x", "cupy-cuda12x"):
+    for package in ("gpu_bp", "numpy", "scipy", "cupy-cuda13x", "cupy-cuda12x", "nvmath-python"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -114,6 +115,8 @@ def page(report: dict[str, Any]) -> str:
         allowed = curves.TOLERANCES[c["precision"]]
         verdict = "ok" if c["passed"] else "does not pass"
         lines.append(f"| {c['config']} | {c['precision']} | {c['steps']} | {difference} | {allowed:.0e} | {verdict} |")
+    replayed = [graphs.Comparison(**{k: c[k] for k in c if k != "passed"}) for c in report["graphs"]]
+    lines += ["", "## Steps replayed from a CUDA graph, against steps one by one", "", graphs.table(replayed), ""]
     cells = [step.Cell(**cell) for cell in report["steps"]]
     lines += ["", "## A step against its bare products", "", step.table(cells), ""]
     ratios = [data.Ratio(**ratio) for ratio in report["data"]]
@@ -136,6 +139,7 @@ def check(backend: Backend, *, curve_steps: int, only_curves: bool) -> dict[str,
         for precision in curves.TOLERANCES:
             comparisons.append(curves.compare(config, precision, (backend, NumpyBackend()), curve_steps))
             print(f"{config.stem}, {precision}: {comparisons[-1].difference} {comparisons[-1].reason}", flush=True)
+    replayed = graphs.run(backend, min(graphs.STEPS, curve_steps))
     cells, ratios, trouble, tests = [], [], "", _counted({}, "")
     if not only_curves:
         try:
@@ -148,6 +152,7 @@ def check(backend: Backend, *, curve_steps: int, only_curves: bool) -> dict[str,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "versions": versions(backend),
         "curves": [asdict(c) | {"passed": c.passed} for c in comparisons],
+        "graphs": [asdict(c) | {"passed": c.passed} for c in replayed],
         "steps": [asdict(cell) for cell in cells],
         "data": [asdict(ratio) for ratio in ratios],
         "trouble": trouble,
@@ -181,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.out or ROOT / "benchmarks" / "results" / f"{device}-{report['date']}"
     write(report, folder)
     tests = report["tests"]
-    passed = all(c["passed"] for c in report["curves"]) and not report["trouble"]
+    passed = all(c["passed"] for c in (*report["curves"], *report["graphs"])) and not report["trouble"]
     passed = passed and (options.only_curves or (tests["passed"] > 0 == tests["failed"] and not tests["trouble"]))
     print(f"{'all passed' if passed else 'not all passed'} in {time.monotonic() - begin:.0f} s: {folder / 'README.md'}")
     return 0 if passed else 1

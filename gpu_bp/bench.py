@@ -178,7 +178,7 @@ def _endless(config: Config) -> Config:
 def _steps(config: Config, backend: Backend, seconds: float, profile: bool) -> dict[str, Any]:
     """Takes steps as a training does: what a `Bench` says of them."""
     trainer, over = Trainer(config, backend), False
-    with closing(trainer.run(lambda: "measured" if over else "")) as steps:
+    with closing(trainer.run(lambda: "measured" if over else "", together=True)) as steps:
 
         def take(seconds: float, least: int) -> float:
             begin = time.perf_counter()

@@ -131,17 +131,21 @@ class Trainer:
                 f'or set {table}.metric = "train_loss"'
             )
 
-    def run(self, stop: Callable[[], str] = lambda: "") -> Generator[dict[str, Any] | None, None, None]:
+    def run(
+        self, stop: Callable[[], str] = lambda: "", *, together: bool = False
+    ) -> Generator[dict[str, Any] | None, None, None]:
         """Trains from where it is; yields None after a step, or a line of metrics where one is due.
 
         `stop` is asked after every step; where it gives a reason, the training pauses there: run again, here or from
-        its state in another process, it goes on as if it had never stopped.
+        its state in another process, it goes on as if it had never stopped. With `together` a backend may take several
+        steps at once where nothing is due between them (`Backend.steps_at_once`), and both come after these.
 
         Raises:
             Diverged: a loss or a gradient was not finite (at which step, where, and for which rows); the network is
                 the one before that step.
         """
         optimizer, read_every = self.step.optimizer, self.model.network.backend.read_every
+        free = self._free if together else lambda: 1
         begin = time.perf_counter() - self.seconds
         if self.paused:
             self.stopped, self.paused = "", False
@@ -150,22 +154,22 @@ class Trainer:
             while self.steps < self.total_steps and not self.stopped:
                 epoch, bad = self.epoch, None
                 follows = self.total_steps - self.steps > self.batches.per_epoch - self.epoch_step
-                for batch in self.batches.epoch(epoch, self.epoch_step, follows=follows):
-                    rate = optimizer.learning_rate
+                for batch in self.batches.epoch(epoch, self.epoch_step, follows=follows, free=free):
+                    before = self.steps
                     self.step(batch)
                     self.rows += batch.n
                     if not batch.last:
                         continue
-                    self.steps += 1
-                    self.go_to(epoch, self.epoch_step + 1)
+                    self.steps += batch.steps
+                    self.go_to(epoch, self.epoch_step + batch.steps)
                     last, due = self.steps == self.total_steps, self.steps % self._log_every == 0
                     reason = stop()
-                    if last or due or reason or self.steps % read_every == 0:
+                    if last or due or reason or self.steps // read_every > before // read_every:
                         bad = self.step.diverged()  # waits for the device
                         if bad is not None:
                             break
                     self.seconds = time.perf_counter() - begin
-                    line = self._line(epoch, rate) if last or due else None
+                    line = self._line(epoch, optimizer.rate) if last or due else None
                     if line and due:  # not one that only ends the training
                         optimizer.schedule.observe(line)
                     if reason and not (last or self.stopped):
@@ -177,6 +181,11 @@ class Trainer:
                         break
                 if bad is not None:
                     raise self._diverged_at(bad)
+
+    def _free(self) -> int:
+        """How many steps can be taken before something is to be done."""
+        due = [every - self.steps % every for every in (self._log_every, self.config.checkpoint.every_steps) if every]
+        return min(self.total_steps - self.steps, *due)
 
     def _diverged_at(self, step: int) -> Diverged:
         """Looks at a step that went wrong, the network being as it was before."""

@@ -232,7 +232,9 @@ def test_bench(backend: Backend, tiny_config: Tiny, name: str, monkeypatch: pyte
     config = tiny_config(**TRAININGS[name], stopping={"patience": 1})
     config["train"] |= {"epochs": 1, "log_every": 1, "stop_at_errors": 50}
     result = bench(parse_config(config), backend, seconds=0)
-    assert (result.steps, result.rows, result.batch_size) == (1, 8, 8)
+    assert 1 <= result.steps <= backend.steps_at_once
+    assert 0 < result.rows <= 8 * result.steps
+    assert result.batch_size == 8
     assert list(result.phases) == list(PHASES)
     assert sum(map(result.share, PHASES)) == pytest.approx(1)
     assert all(0 < result.share(phase) < 1 for phase in PHASES)

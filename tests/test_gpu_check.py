@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, bike_sharing
 from cuda_on_cpu.backend import cupy_on_cpu
 
-from benchmarks import curves, data, gpu_check, rounds, step
+from benchmarks import curves, data, gpu_check, graphs, rounds, step
 from gpu_bp.backends import Backend, NumpyBackend
 
 NO_RESULT = "No result from a real device exists yet."
@@ -34,6 +34,31 @@ def test_curves_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert status == 0
     assert len(found) == 2 * len(curves.CONFIGS)
     assert {c["steps"] for c in found} == {5}
+    replayed = json.loads((tmp_path / "report.json").read_text())["graphs"]
+    assert [c["differing"] for c in replayed] == [0] * len(found)
+    assert all(c["graphs"] > 0 and c["passed"] for c in replayed)
+
+
+@pytest.mark.kernels
+def test_a_replay_that_differs_is_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that did not take place."""
+    backend = type(cupy_on_cpu())
+    path = next(path for path in curves.CONFIGS if path.stem == "xor")
+    assert graphs.compare(path, "float32", backend, 6).passed
+    without = graphs.compare(path, "float32", lambda graphs: backend(graphs=False), 6)
+    assert (without.differing, without.graphs, without.passed) == (0, 0, False)
+
+    class Forgetful(backend):  # type: ignore[misc,valid-type]
+        def watch(self, gradients: Any, *rest: Any) -> None:
+            if self._graphs:
+                self.fill(gradients[:1], 0)
+
+    differs = graphs.compare(path, "float32", Forgetful, 6)
+    assert not differs.passed
+    assert differs.differing
+    assert "does not pass" in graphs.table([differs])
+    broken = graphs.compare(path, "float32", NumpyBackend, 6)
+    assert "TypeError" in graphs.table([broken])
 
 
 def test_data_that_are_not_here_do_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

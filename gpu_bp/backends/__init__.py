@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from gpu_bp.backends.base import Backend
 from gpu_bp.backends.numpy_backend import NumpyBackend
 from gpu_bp.errors import UserError, unknown
@@ -36,4 +38,6 @@ def _cupy() -> tuple[Backend | None, str]:
         text = str(error).strip() or type(error).__name__
         return None, "import cupy failed: " + text.splitlines()[0]
     reason = cupy_backend.why_unusable()
-    return (None, reason) if reason else (cupy_backend.CupyBackend(), "")
+    if reason:
+        return None, reason
+    return cupy_backend.CupyBackend(graphs=os.environ.get("GPU_BP_GRAPHS") != "0"), ""

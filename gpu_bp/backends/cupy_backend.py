@@ -2,7 +2,10 @@
 
 The kernels are built from the CUDA text of the records, each when first used, and kept by that text. What a step
 calls writes into arrays that the caller owns, or into a few small ones that are made once; it does not wait for the
-device.
+device. So it can be captured in a CUDA graph (`cuda_graph.py`), with NVIDIA's bindings to cuBLAS (`cublas.py`).
+
+Everything is asked of the current stream, which is the default one where nobody chose another: so what a user asks of
+CuPy meanwhile keeps its place. Rows of the host alone are copied on a stream of their own.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import numpy as np
 from gpu_bp.backends import cuda_kernels as kernels
 from gpu_bp.backends import cuda_rows
 from gpu_bp.backends.base import Action, Division, Numbers, or_unknown
+from gpu_bp.backends.cublas import WORKSPACE, Gemm, bindings, version
+from gpu_bp.backends.cuda_graph import Captures, Recording
 from gpu_bp.backends.cuda_rows import CUDA_NAMES
 from gpu_bp.formula import Program
 from gpu_bp.registry import Permutations, Purpose
@@ -89,35 +94,45 @@ def _arguments(array: Array | None) -> tuple[Array, ...]:
 # The backend -----------------------------------------------------------------------------------------------
 
 
+# A graph has so many steps where nothing is to be done between them.
+STEPS = 20
+
+
 class Scalars:
     """A few numbers on the device that the host changes from step to step, without waiting for the device.
 
     They are copied from pinned memory, a row a change: from other memory CUDA may wait. A row is written again only
     when the copies of its half of the rows have been made; the host waits only where it is hundreds of changes ahead.
+
+    Attributes:
+        steps: (count,) on the device, of each of the steps that are set at once, in their order.
     """
 
     ROWS = 512
 
-    def __init__(self, count: int, dtype: np.dtype[Any]) -> None:
-        self._memory = cupy.cuda.alloc_pinned_memory(self.ROWS * count * dtype.itemsize)
-        self._rows = np.frombuffer(self._memory, dtype, self.ROWS * count).reshape(self.ROWS, count)
-        self._rows.fill(np.nan)
+    def __init__(self, count: int, dtype: np.dtype[Any], steps: int) -> None:
+        size = count * steps
+        self._memory = cupy.cuda.alloc_pinned_memory(self.ROWS * size * dtype.itemsize)
+        self._rows = np.frombuffer(self._memory, dtype, self.ROWS * size).reshape(self.ROWS, size)
         self._row = -1
+        self._last = self._rows[-1, :0]
         self._copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]  # of each half
-        self.device = cupy.empty(count, dtype)
+        self._device = cupy.empty((steps, count), dtype)
+        self.steps = [self._device[step] for step in range(steps)]
 
-    def set(self, values: Sequence[float]) -> None:
-        """The device array gets these values; nothing is copied where they are the last ones."""
-        wanted = np.array(values, self._rows.dtype)
-        if np.array_equal(wanted, self._rows[self._row]):
+    def set(self, *steps: Sequence[float]) -> None:
+        """The device gets these values; nothing is copied where they are the last ones."""
+        wanted = np.array(steps, self._rows.dtype).reshape(-1)
+        if np.array_equal(wanted, self._last):
             return
         self._row = (self._row + 1) % self.ROWS
         half, place = divmod(self._row, self.ROWS // 2)
         if place == 0:  # all rows of the other half are on their way: wait for this one's last time round
             self._copied[1 - half].record()
             self._copied[half].synchronize()
-        self._rows[self._row] = wanted
-        self.device.data.copy_from_host_async(self._rows[self._row].ctypes.data, self.device.nbytes)
+        self._last = self._rows[self._row, : len(wanted)]
+        self._last[:] = wanted
+        self._device.data.copy_from_host_async(self._last.ctypes.data, self._last.nbytes)
 
 
 GENERATED = 2**24  # numbers of a stage that are generated at once: 128 MiB
@@ -155,12 +170,21 @@ class Generator:
 
 
 class CupyBackend:
-    """Arrays in the memory of one CUDA device."""
+    """Arrays in the memory of one CUDA device.
+
+    Args:
+        graphs: whether what is recorded is captured in a CUDA graph; else it is asked for anew each time, to the same
+            results. bindings: whether products go through NVIDIA's bindings where these can be used; without them
+            CuPy multiplies, which may differ in the last bits, and nothing is captured.
+
+    Attributes:
+        captures: says how many graphs there are, and why there is none.
+    """
 
     name = "cupy"
     read_every = 100
 
-    def __init__(self) -> None:
+    def __init__(self, *, graphs: bool = True, bindings: bool = True) -> None:
         self._device = cupy.cuda.Device()
         properties = cupy.cuda.runtime.getDeviceProperties(self._device.id)
         self.device = properties["name"].decode()
@@ -169,6 +193,23 @@ class CupyBackend:
         self._generators: weakref.WeakKeyDictionary[Program, Generator] = weakref.WeakKeyDictionary()
         self._uploads = cupy.cuda.Stream(non_blocking=True)
         self._asked, self._uploaded = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
+        self._graphs = graphs
+        self.steps_at_once = STEPS if graphs else 1
+        self.captures = Captures(cupy)
+        self._no_bindings = "" if bindings else "products are left to CuPy, as asked"  # why they are not used
+
+    @functools.cached_property
+    def _gemm(self) -> Gemm | None:
+        """cuBLAS through NVIDIA's bindings; None where they cannot be used."""
+        if self._no_bindings:
+            return None
+        try:
+            return Gemm(cupy.empty(WORKSPACE, np.uint8), lambda: cupy.cuda.get_current_stream().ptr, bindings())
+        except ModuleNotFoundError:
+            self._no_bindings = "nvmath-python is not installed (pip install 'gpu_bp[cuda13]', or cuda12)"
+        except Exception as error:
+            self._no_bindings = f"nvmath-python cannot be used: {_first_line(error)}"
+        return None
 
     def libraries(self) -> dict[str, Any]:
         return {
@@ -176,6 +217,7 @@ class CupyBackend:
             "cuda runtime": or_unknown(lambda: _cuda_version(cupy.cuda.runtime.runtimeGetVersion())),
             "cuda driver": or_unknown(lambda: _cuda_version(cupy.cuda.runtime.driverGetVersion())),
             "cublas": or_unknown(lambda: cupy.cuda.cublas.getVersion(cupy.cuda.device.get_cublas_handle())),
+            "products": or_unknown(version) if self._gemm else "cupy",
             "nvrtc": or_unknown(lambda: "{}.{}".format(*cupy.cuda.nvrtc.getVersion())),  # it compiles the kernels
             "compute capability": or_unknown(lambda: self._device.compute_capability),
         }
@@ -194,7 +236,12 @@ class CupyBackend:
         cupy.cuda.get_current_stream().synchronize()
 
     def record(self, run: Action, worker: int = 0) -> Action:
-        return run
+        if not self._graphs:
+            return run
+        if self._gemm is None:
+            self.captures.refuse(self._no_bindings)
+            return run
+        return Recording(run, self.captures)
 
     def together(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -204,7 +251,7 @@ class CupyBackend:
         return Division(rows, 1)
 
     def numbers(self, count: int, dtype: Any) -> Scalars:
-        return Scalars(count, np.dtype(dtype))
+        return Scalars(count, np.dtype(dtype), self.steps_at_once)
 
     def copy(self, array: Array, out: Array) -> None:
         compiled(kernels.copy())(array, out)
@@ -219,6 +266,9 @@ class CupyBackend:
         cupy.take(table, rows, axis=0, out=out)
 
     def matmul(self, a: Array, b: Array, out: Array, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
+        if self._gemm is not None:
+            self._gemm(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b)
+            return
         # gemm rather than cupy.matmul, which allocates for products of 1 x 1
         cublas().gemm("T" if transpose_a else "N", "T" if transpose_b else "N", a, b, out=out)
 
@@ -348,6 +398,7 @@ class CupyBackend:
         n_weights: int,
         factor: Array | None = None,
         flag: Array | None = None,
+        step: int = 0,
     ) -> None:
         assert isinstance(numbers, Scalars)
         before = tuple((penalty.name, penalty.apply.cuda, penalty.weights_only) for penalty in penalties)
@@ -361,7 +412,7 @@ class CupyBackend:
             with_flag=flag is not None,
         )
         optional = (*_arguments(flag), *_arguments(factor))
-        compiled(text)(*optional, numbers.device, gradients, n_weights, parameters, *state)
+        compiled(text)(*optional, numbers.steps[step], gradients, n_weights, parameters, *state)
 
     def uniforms(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
         self._fill(kernels.fill(normal=False), seed, purpose, start, out)
@@ -405,6 +456,7 @@ class CupyBackend:
             kernel(*(np.uint64(x) for x in (first, p.n, p.a, p.b)), *p.keys[:, k, 0], out[k])
 
     def free_bytes(self) -> int:
+        _ = self._gemm  # whose workspace is not free, whenever it is made
         pool = cupy.get_default_memory_pool()
         free: int = cupy.cuda.runtime.memGetInfo()[0] + pool.free_bytes()
         limit = pool.get_limit()  # 0 for none

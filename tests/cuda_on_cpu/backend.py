@@ -14,7 +14,8 @@ MODULE = "gpu_bp.backends.cupy_backend"
 
 
 def cupy_backend_module(cupy: FakeCupy | None = None) -> Any:
-    """A fresh copy of gpu_bp.backends.cupy_backend whose `cupy` is the stand-in; the real one is left alone."""
+    """A fresh copy of gpu_bp.backends.cupy_backend whose `cupy`, and NVIDIA's bindings, are the stand-in; the real ones
+    are left alone."""
     codegen.real_cupy()  # the module imports it, and where it is missing the test says so
     spec = importlib.util.find_spec(MODULE)
     assert spec is not None
@@ -24,6 +25,7 @@ def cupy_backend_module(cupy: FakeCupy | None = None) -> Any:
     stand_in = cupy or FakeCupy()
     module.__dict__["cupy"] = stand_in
     module.__dict__["cublas"] = lambda: stand_in.cublas
+    module.__dict__["bindings"] = lambda: stand_in.bindings
     return module
 
 

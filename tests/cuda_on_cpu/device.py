@@ -64,10 +64,11 @@ class Device:
         lazy: a call runs only when somebody waits for its stream, as late as on a real device it might.
 
     Attributes:
-        queue: of the current stream. What is captured is of no other.
+        queue: of the current stream. While it captures, no other is given anything.
         order: in which the threads of a kernel run; a right kernel gives the same whatever the order.
-        counts: allocations, host copies, synchronisations, device copies and launches so far.
-        recording: the calls of the capture in progress, None where there is none.
+        counts: allocations, host copies, synchronisations, device copies, launches (of them, in a replay too) and
+            graphs launched so far.
+        recording: the calls of the capture in progress, None where there is none. capturing: its stream's queue.
         kernels: those that were called so far.
         used_bytes: of the arrays that there are, on the device; pinned_bytes: likewise of pinned memory of the host.
     """
@@ -77,10 +78,12 @@ class Device:
         self._dry = dry
         self._lazy = lazy
         self._pinned: list[weakref.ref[np.ndarray]] = []
+        self._arrays: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
         self.queue = Queue()
         self.kernels: list[Kernel] = []
         self.counts: Counter[str] = Counter()
         self.recording: list[Callable[[], None]] | None = None
+        self.capturing: Queue | None = None
         self._random = np.random.default_rng(0)
         self.used_bytes = self.pinned_bytes = 0
 
@@ -88,6 +91,8 @@ class Device:
         """Gives a stream a call, by default the current one; during a capture only notes it for the replay."""
         self.counts["launches"] += 1
         if self.recording is not None:
+            if (queue or self.queue) is not self.capturing:
+                raise CaptureError("a call to another stream during a capture")
             self.recording.append(call)
         else:
             self.give(queue or self.queue, call)
@@ -119,7 +124,16 @@ class Device:
         memory, host = _guarded(shape, np.dtype(dtype), order)
         self.used_bytes += host.nbytes
         weakref.finalize(memory, self._give_back, host.nbytes, 0)
+        self._arrays[id(memory)] = memory
         return ndarray(self, memory, host)
+
+    def memory_at(self, address: int, nbytes: int) -> np.ndarray | None:
+        """So many bytes from an address on, where an array that there still is has them all."""
+        for memory in self._arrays.values():
+            start = address - memory.ctypes.data
+            if GUARD_BYTES <= start <= len(memory) - GUARD_BYTES - nbytes:
+                return memory[start : start + nbytes].view(np.ndarray)
+        return None
 
     def _give_back(self, used: int, pinned: int) -> None:
         self.used_bytes -= used
@@ -162,12 +176,16 @@ class Device:
         return array
 
 
-def _guarded(shape: Any, dtype: np.dtype[Any], order: str) -> tuple[np.ndarray, np.ndarray]:
+class _Memory(np.ndarray):
+    """Memory of the device: a class of its own, so that views are told from it."""
+
+
+def _guarded(shape: Any, dtype: np.dtype[Any], order: str) -> tuple[_Memory, np.ndarray]:
     """New memory full of POISON, and an array in its middle."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    memory = np.full(nbytes + 2 * GUARD_BYTES, POISON, np.uint8)
-    host = memory[GUARD_BYTES : GUARD_BYTES + nbytes].view(dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+    memory = np.full(nbytes + 2 * GUARD_BYTES, POISON, np.uint8).view(_Memory)
+    host = memory[GUARD_BYTES : GUARD_BYTES + nbytes].view(np.ndarray).view(dtype).reshape(shape, order=order)  # type: ignore[call-overload]
     return memory, host
 
 
@@ -301,6 +319,7 @@ class MemoryPointer:
 
     def __init__(self, array: ndarray) -> None:
         self._array = array
+        self.ptr: int = array.host.ctypes.data
 
     def copy_from_host_async(self, address: int, nbytes: int, stream: Any = None) -> None:
         queue = None if stream is None else stream.queue

@@ -7,7 +7,7 @@ else it comes to use fails at once and is thought about.
     cupy = FakeCupy(order="random")
     with cupy.cuda.Stream() as stream:
         stream.begin_capture(); step(); graph = stream.end_capture()
-        graph.launch()
+    graph.launch()
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 from cuda_on_cpu import codegen
 from cuda_on_cpu.cpu import Kernel, array_argument, indexer_argument, pointer_argument, scalar_argument
 from cuda_on_cpu.device import CaptureError, Device, Order, Queue, ndarray
+from cuda_on_cpu.fake_cublas import FakeCublas
 
 DEFAULT_BLOCK = 128
 
@@ -34,20 +36,19 @@ class FakeCupy:
         order: in which the threads of a kernel run.
         dry: nothing runs.
         lazy: a call runs only when somebody waits for its stream.
-        gemm_in_capture: whether `cublas.gemm` may be captured. CuPy refuses it, although CUDA does not.
 
     Attributes:
+        bindings: stands for nvmath.bindings.cublas.
         ranges: the NVTX ranges that were opened and closed again, in the order of their ends, each "outer/inner".
     """
 
-    def __init__(
-        self, order: Order = "forward", *, gemm_in_capture: bool = False, dry: bool = False, lazy: bool = False
-    ) -> None:
+    def __init__(self, order: Order = "forward", *, dry: bool = False, lazy: bool = False) -> None:
         codegen.require()
         self.__version__ = codegen.real_cupy().__version__
         self.device = Device(order, dry=dry, lazy=lazy)
-        self._queues = [self.device.queue]
-        self._gemm_in_capture = gemm_in_capture
+        self._streams = [Stream(self, self.device.queue, 0)]  # the default one first
+        self._current = [self._streams[0]]
+        self.bindings = FakeCublas(self)
         self.ranges: list[str] = []
         self._open_ranges: list[str] = []
         self.cublas = SimpleNamespace(gemm=self._gemm)
@@ -67,7 +68,9 @@ class FakeCupy:
             cublas=SimpleNamespace(getVersion=lambda handle: 120804),
             nvrtc=SimpleNamespace(getVersion=lambda: (12, 8)),
             Stream=self._stream,
-            get_current_stream=lambda: Stream(self.device, self.device.queue),
+            get_current_stream=lambda: self._current[-1],
+            MemoryPool=lambda: SimpleNamespace(malloc=None),
+            using_allocator=lambda allocator: nullcontext(),
             Event=lambda disable_timing=False: Event(self.device, timed=not disable_timing),
             get_elapsed_time=elapsed_time,
             nvtx=SimpleNamespace(RangePush=self._push_range, RangePop=self._pop_range),
@@ -115,7 +118,7 @@ class FakeCupy:
     def _gemm(self, transa: str, transb: str, a: ndarray, b: ndarray, out: ndarray) -> ndarray:
         """out = op(a) @ op(b), after the checks of cupy.cublas.gemm."""
         _device_arrays(a, b, out)
-        if self.device.recording is not None and not self._gemm_in_capture:
+        if self.device.recording is not None:
             raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
         assert a.ndim == b.ndim == out.ndim == 2
         assert a.dtype == b.dtype == out.dtype
@@ -133,8 +136,18 @@ class FakeCupy:
         return out
 
     def _stream(self, non_blocking: bool = False) -> Stream:
-        self._queues.append(Queue())
-        return Stream(self.device, self._queues[-1])
+        self._streams.append(Stream(self, Queue(), 64 * len(self._streams)))
+        return self._streams[-1]
+
+    def enter(self, stream: Stream) -> None:
+        """The stream becomes the current one."""
+        self._current.append(stream)
+        self.device.queue = stream.queue
+
+    def leave(self) -> None:
+        """The one before is the current one again."""
+        self._current.pop()
+        self.device.queue = self._current[-1].queue
 
     def _push_range(self, name: str) -> None:
         self._open_ranges.append(name)
@@ -144,8 +157,8 @@ class FakeCupy:
         self._open_ranges.pop()
 
     def _synchronise(self) -> None:
-        for queue in self._queues:
-            self.device.wait(queue)
+        for stream in self._streams:
+            self.device.wait(stream.queue)
 
 
 def _device_arrays(*arrays: Any) -> None:
@@ -155,27 +168,32 @@ def _device_arrays(*arrays: Any) -> None:
 
 
 class Stream:
-    """A stream that can capture. Kernels go to the current stream's queue, which is the same all the time: a capture
-    concerns the whole device here, as in CUDA's global mode."""
+    """A stream that can capture what it is given while it is the current one. A capture concerns the whole device in
+    so far as it forbids the same to all, as in CUDA's global mode."""
 
-    def __init__(self, device: Device, queue: Queue) -> None:
-        self._device = device
+    def __init__(self, cupy: FakeCupy, queue: Queue, ptr: int) -> None:
+        self._cupy = cupy
+        self._device = cupy.device
         self.queue = queue
+        self.ptr = ptr
 
     def __enter__(self) -> Stream:
+        self._cupy.enter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._device.recording = None
+        self._cupy.leave()
 
     def begin_capture(self) -> None:
+        if self.ptr == 0:
+            raise CaptureError("the default stream cannot capture")
         if self._device.recording is not None:
             raise CaptureError("a capture is in progress")
-        self._device.recording = []
+        self._device.recording, self._device.capturing = [], self.queue
 
     def end_capture(self) -> Graph:
         calls, self._device.recording = self._device.recording, None
-        if calls is None:
+        if calls is None or self._device.capturing is not self.queue:
             raise CaptureError("no capture is in progress")
         return Graph(self._device, calls)
 
@@ -232,6 +250,7 @@ class Graph:
         self._calls = calls
 
     def launch(self) -> None:
+        self._device.counts["graphs"] += 1
         for call in self._calls:
             self._device.launch(call)
 

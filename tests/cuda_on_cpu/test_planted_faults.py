@@ -12,6 +12,7 @@ import pytest
 from cuda_on_cpu.backend import cupy_backend_module
 from cuda_on_cpu.cpu import CompileError, DivergenceError
 from cuda_on_cpu.device import CaptureError, OutOfBoundsError
+from cuda_on_cpu.fake_cublas import CublasError
 from cuda_on_cpu.fake_cupy import FakeCupy
 from cuda_on_cpu.nvrtc import compile_kernel
 from cuda_on_cpu.test_backend_on_cpu import make_batch, make_step
@@ -256,7 +257,16 @@ def test_an_output_of_another_shape_or_order() -> None:
         b.gather(a, cupy.asarray(np.arange(2)), a)
     with pytest.raises(ValueError, match="contiguous"):
         b.activate(registry.activation("softmax"), a, None, wide[:, ::2])
-    cupy.device.counts.clear()
+    with pytest.raises(ValueError, match="contiguous"):
+        b.matmul(a, a, wide[:, :3], transpose_b=True)
+    with pytest.raises(CublasError, match="cuBLAS reads"):
+        b.matmul(a, cupy.zeros((4, 4), np.float32), a)
+
+
+def test_products_that_cupy_refuses() -> None:
+    cupy = FakeCupy()
+    b = cupy_backend_module(cupy).CupyBackend(bindings=False)
+    a, wide = arrays(cupy, 1)[0], cupy.zeros((3, 8), np.float32)
     b.matmul(a, a, wide[:, :3], transpose_b=True)  # CuPy multiplies into a copy
     assert cupy.device.counts["device copies"] == 1
     with pytest.raises(ValueError, match="cuBLAS reads"):
@@ -266,7 +276,7 @@ def test_an_output_of_another_shape_or_order() -> None:
 def test_what_a_capture_cannot_hold() -> None:
     cupy = FakeCupy()
     b = cupy_backend_module(cupy).CupyBackend()
-    (a,), square = arrays(cupy, 1), cupy.zeros((3, 3), np.float32)
+    a = arrays(cupy, 1)[0]
     calls = [
         lambda: b.zeros((2,), np.float32),
         lambda: b.to_device(np.ones(3)),
@@ -282,16 +292,22 @@ def test_what_a_capture_cannot_hold() -> None:
             stream.begin_capture()
             with pytest.raises(CaptureError, match="during a capture"):
                 call()
+            stream.end_capture()
+    left_to_cupy, square = cupy_backend_module(cupy).CupyBackend(bindings=False), cupy.zeros((3, 3), np.float32)
     with cupy.cuda.Stream() as stream:
         stream.begin_capture()
         with pytest.raises(NotImplementedError, match="cuBLAS"):  # as CuPy does
-            b.matmul(a, a, square, transpose_b=True)
+            left_to_cupy.matmul(a, a, square, transpose_b=True)
+        with pytest.raises(CaptureError, match="another stream"):
+            cupy.device.launch(print, cupy.cuda.Stream().queue)
+    with pytest.raises(CaptureError, match="default stream"):
+        cupy.cuda.get_current_stream().begin_capture()
 
 
 def test_a_step_that_sends_new_scalars_cannot_be_captured() -> None:
     """adam's corrections change with every step, and are sent from memory that will be written again."""
-    cupy = FakeCupy(gemm_in_capture=True)
-    b = cupy_backend_module(cupy).CupyBackend()
+    cupy = FakeCupy()
+    b = cupy_backend_module(cupy).CupyBackend(graphs=False)
     step, batch = make_step(b, "squared_error", "adam"), make_batch(b, "squared_error", 8)
     step(batch)
     with cupy.cuda.Stream() as stream:
