@@ -114,8 +114,8 @@ def page(report: dict[str, Any]) -> str:
         allowed = curves.TOLERANCES[c["precision"]]
         verdict = "ok" if c["passed"] else "does not pass"
         lines.append(f"| {c['config']} | {c['precision']} | {c['steps']} | {difference} | {allowed:.0e} | {verdict} |")
-    cells = [step.Cell(**cell) for cell in report["steps"]]
-    lines += ["", "## A step against its bare products", "", step.table(cells), ""]
+    floors = [step.Floor(**floor) for floor in report["steps"]]
+    lines += ["", "## A step against its bare products", "", step.table(floors), ""]
     ratios = [data.Ratio(**ratio) for ratio in report["data"]]
     lines += [
         "## Data, and the watch over a step, against what they must not be slower than",
@@ -136,10 +136,10 @@ def check(backend: Backend, *, curve_steps: int, only_curves: bool) -> dict[str,
         for precision in curves.TOLERANCES:
             comparisons.append(curves.compare(config, precision, (backend, NumpyBackend()), curve_steps))
             print(f"{config.stem}, {precision}: {comparisons[-1].difference} {comparisons[-1].reason}", flush=True)
-    cells, ratios, trouble, tests = [], [], "", _counted({}, "")
+    floors, ratios, trouble, tests = [], [], "", _counted({}, "")
     if not only_curves:
         try:
-            cells = step.run(backend)
+            floors = step.run(backend)
             ratios = [*data.run(backend), *step.run_watched(backend)]
         except Exception as error:
             trouble = f"{type(error).__name__}: {error}"
@@ -148,7 +148,7 @@ def check(backend: Backend, *, curve_steps: int, only_curves: bool) -> dict[str,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "versions": versions(backend),
         "curves": [asdict(c) | {"passed": c.passed} for c in comparisons],
-        "steps": [asdict(cell) for cell in cells],
+        "steps": [asdict(floor) for floor in floors],
         "data": [asdict(ratio) for ratio in ratios],
         "trouble": trouble,
         "tests": tests,

@@ -89,7 +89,10 @@ def page(results: Sequence[Result]) -> str:
 
 def write(results: Sequence[Result], json_file: Path | None, markdown: Path | None) -> None:
     """The files, whole at any time: a new one takes the place of the old."""
-    texts = {json_file: json.dumps([result.report() for result in results], indent=2), markdown: page(results)}
+    texts = {
+        json_file: json.dumps([result.report() for result in results], indent=2, allow_nan=False),
+        markdown: page(results),
+    }
     for path, text in texts.items():
         if path is not None:
             new = path.with_name(path.name + ".new")

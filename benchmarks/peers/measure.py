@@ -6,6 +6,7 @@ A side counts only where its losses, from the same weights and batches, are ours
 from __future__ import annotations
 
 import math
+import os
 import platform
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 from benchmarks.curves import TOLERANCES
 from benchmarks.peers.cells import Cell
 from benchmarks.peers.process import LeftOut, Process
-from benchmarks.peers.sides import OURS, PEERS, Peer
+from benchmarks.peers.sides import OURS, PEERS, Peer, cores
 
 # How far losses may be apart, of the largest: all compute in float32, see `benchmarks.curves`.
 TOLERANCE = TOLERANCES["float32"]
@@ -90,7 +91,8 @@ class Bench:
         self.sides = [ours, *(peer for peer in peers if peer.installed)]
         self.processes = {side.name: Process(side, device, scratch) for side in self.sides}
         self.ours = ours.name
-        self.machine = self.processes[ours.name].machine() | _versions(self.sides)
+        load = {"cores": cores(), "load": os.getloadavg()[0]}
+        self.machine = self.processes[ours.name].machine() | load | _versions(self.sides)
 
     def measure(self, cell: Cell, rounds: int = ROUNDS, seconds: float = SECONDS) -> Result:
         """A cell. Raises LeftOut where our own side cannot be measured."""
@@ -105,10 +107,11 @@ class Bench:
                 result.threads[side.name] = begun.threads
                 if side.name == self.ours:
                     losses = begun.losses
-                result.curve_difference[side.name] = apart = difference(begun.losses, losses)
+                apart = difference(begun.losses, losses)
                 if not apart <= TOLERANCE:
                     self.processes[side.name].end()
                     raise LeftOut(f"its losses differ from ours by {apart:.1e} of the largest, above {TOLERANCE:.0e}")
+                result.curve_difference[side.name] = apart
                 sides.append(side)
         times: dict[tuple[str, str], list[float]] = {}
         for _ in range(rounds):

@@ -22,10 +22,10 @@ OUTPUTS = {"squared_error": "identity", "cross_entropy": "softmax"}
 class Ours(Side):
     """A step as a training takes it, with the watch over what diverges."""
 
-    def __init__(self, cell: Cell, device: str, backend: Backend | None = None) -> None:
-        super().__init__(cell, device)
+    def __init__(self, cell: Cell, device: str | Backend) -> None:
+        super().__init__(cell, device if isinstance(device, str) else device.device)
         self.threads = max((pool["num_threads"] for pool in threadpool_info()), default=1)
-        self.backend = backend = backend or select("cupy" if device == "cuda" else "numpy")[0]
+        self.backend = backend = backend_for(device) if isinstance(device, str) else device
         activations = [cell.activation] * (cell.layers - 1) + [OUTPUTS[cell.loss]]
         network = Network([cell.width] * (cell.layers + 1), activations, backend=backend)
         names = ("weights", "biases")
@@ -74,9 +74,13 @@ class Ours(Side):
         return int(cupy.get_default_memory_pool().total_bytes())
 
 
+def backend_for(device: str) -> Backend:
+    return select("cupy" if device == "cuda" else "numpy")[0]
+
+
 def machine(device: str) -> dict[str, Any]:
     """The device in words, its free memory, and how fast it copies memory and multiplies matrices, as measured."""
-    backend = select("cupy" if device == "cuda" else "numpy")[0]
+    backend = backend_for(device)
     free = backend.free_bytes()
     n, width = (2**28, 8192) if device == "cuda" else (2**25, 1024)
     source, target = (backend.zeros((n // 4,), np.float32) for _ in range(2))

@@ -76,6 +76,7 @@ def notes(results: Sequence[Result]) -> str:
         f"- {machine['device']}, {machine['date']}: " + ", ".join(f"{name} {x}" for name, x in versions.items()),
         f"- copies {machine['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
         f"multiplies {machine['matrix_flops_per_second'] / 1e9:.0f} GFLOP/s (float32)",
+        f"- load of its {machine['cores']} cores before: {machine['load']:.1f}",
         "- threads: " + ", ".join(f"{name} {n}" for name, n in first.threads.items()),
     ]
     for name in first.compile_seconds:

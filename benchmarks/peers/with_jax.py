@@ -19,6 +19,7 @@ from benchmarks.peers.sides import Side
 jax.config.update("jax_default_matmul_precision", "highest")  # float32, as in all other libraries here
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "logistic": jax.nn.sigmoid}
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+MOMENTS = {"sgd": 1, "adam": 2}  # how many an optimizer keeps of each parameter
 State = Any
 
 
@@ -29,7 +30,7 @@ class Jit(Side):
         jax.config.update("jax_platforms", device)
         super().__init__(cell, device)
         p = [(jnp.asarray(weights.T.copy()), jnp.asarray(biases)) for weights, biases in parameters(cell)]
-        moments = [jax.tree.map(jnp.zeros_like, p) for _ in range(1 if cell.optimizer == "sgd" else 2)]
+        moments = [jax.tree.map(jnp.zeros_like, p) for _ in range(MOMENTS[cell.optimizer])]
         self.state: State = p, moments, jnp.zeros(()), jnp.zeros(())
         self.compiled, self.batches = self.prepare()
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # a training imports these later: what an import takes is no part of a step's memory
+import torch._inductor.compile_fx
 from torch.nn import functional
 
 from benchmarks.peers.cells import MOMENTUM, RATE, Cell, operands, parameters
@@ -19,7 +21,9 @@ from benchmarks.peers.sides import Side
 
 torch.set_float32_matmul_precision("highest")
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "logistic": torch.sigmoid}
+MODULES = {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh, "logistic": torch.nn.Sigmoid}
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+MOMENTS = {"sgd": 1, "adam": 2}  # how many an optimizer keeps of each parameter
 WARM_UP = 3  # steps before a graph is captured, as PyTorch's own recipe has it
 
 
@@ -31,7 +35,6 @@ class Torch(Side):
         self.threads = torch.get_num_threads()
         self.batches = self.ready(lambda inputs, targets: (self.put(inputs), self.put(targets)))
         self.total = torch.zeros((), device=device)
-        self.steps = 0
 
     def put(self, host: np.ndarray) -> torch.Tensor:
         """On the device; not copied where it is there."""
@@ -121,16 +124,13 @@ class Eager(Torch):
         return [x for kept in self.optimizer.state.values() for x in kept.values() if isinstance(x, torch.Tensor)]
 
 
-MODULES = {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh, "logistic": torch.nn.Sigmoid}
-
-
 class Whole(Torch):
     """Loss, gradient and update as one compiled function, without autograd's tape: much less for the host to do."""
 
     def __init__(self, cell: Cell, device: str) -> None:
         super().__init__(cell, device)
         self.parameters = [self.put(x) for pair in parameters(cell) for x in pair]
-        self.moments = [[torch.zeros_like(p) for p in self.parameters] for _ in OPTIMIZER_STATE[cell.optimizer]]
+        self.moments = [[torch.zeros_like(p) for p in self.parameters] for _ in range(MOMENTS[cell.optimizer])]
         self.count = torch.zeros((), device=device)
         phi, last = ACTIVATIONS[cell.activation], cell.layers - 1
 
@@ -159,9 +159,6 @@ class Whole(Torch):
         return [self.count, *(x for kind in self.moments for x in kind)]
 
 
-OPTIMIZER_STATE = {"sgd": ("change",), "adam": ("mean", "mean_square")}
-
-
 def _sgd(parameters: Any, gradients: Any, count: Any, changes: Any) -> None:
     for p, g, change in zip(parameters, gradients, changes, strict=True):
         change.mul_(MOMENTUM).add_(g)
@@ -181,10 +178,10 @@ class Captured(Torch):
     """A whole step of another variant as a CUDA graph, one for each batch that lies ready: nothing is copied."""
 
     def __init__(self, cell: Cell, device: str, of: str) -> None:
-        super().__init__(cell, device)
+        Side.__init__(self, cell, device)  # the batches are the other variant's
         inner: Eager | Whole = Whole(cell, device) if of == "Whole" else Eager(cell, device, capturable=True)
         ready = [next(inner.batches) for _ in range(cell.n_batches)]
-        inner.total, self.batches = self.total, cycle(ready)
+        self.threads, self.total = inner.threads, inner.total
         initial = [p.detach().clone() for p in inner.parameters]
         begin = time.perf_counter()
         stream = torch.cuda.Stream()
