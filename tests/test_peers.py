@@ -22,7 +22,7 @@ from benchmarks.peers.process import CURVE
 from benchmarks.peers.sides import OURS, PEERS, Peer
 
 TINY = [Cell(3, 5, 4, "tanh", "adam", "cross_entropy"), Cell(2, 4, 1, "relu", "sgd", "squared_error")]
-MACHINE = {"device": "planted", "date": "2026-01-01", "versions": {"numpy": "2"}, "cores": 2, "load": 0.0}
+MACHINE = {"device": "planted", "date": "2026-01-01", "versions": {"numpy": "2"}, "cores": 2}
 MACHINE |= {"copy_bytes_per_second": 2e9, "matrix_flops_per_second": 3e9, "free_bytes": 10**9}
 NUMBERS = {"type": "object", "additionalProperties": {"type": "number", "exclusiveMinimum": 0}}
 QUARTILES = {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 2, "maxItems": 2}
@@ -44,6 +44,7 @@ SCHEMA = {
             "threads": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 1}},
             "curve_difference": {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}},
             "left_out": {"type": "object", "additionalProperties": {"type": "string"}},
+            "other_cores": {"type": ["number", "null"], "minimum": 0},
             "machine": {"type": "object", "required": list(MACHINE)},
         },
     },
@@ -162,6 +163,15 @@ def test_table() -> None:
     assert columns["MB, ours / PyTorch"] == ("1 / 3", "1 / 3")
     assert "JAX" not in columns
     assert f"left out, scikit-learn: planted ({TINY[1]})" in report.notes(results())
+
+
+@pytest.mark.parametrize(("busy", "said"), [(None, "not known"), (0.05, "kept 0.05 of 2 cores"), (0.5, "TOO MUCH")])
+def test_other_work_is_told(busy: float | None, said: str) -> None:
+    found = results()
+    for result in found:
+        result.other_cores = busy
+    assert said in report.notes(found)
+    assert ("TOO MUCH" in report.notes(found)) == (busy == 0.5)
 
 
 def test_difference_of_curves() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 
@@ -128,8 +127,3 @@ def grid(name: str, device: str) -> list[Cell]:
 def chosen(cells: list[Cell], words: str) -> list[Cell]:
     """Those whose names have all these words: "3x64 adam"."""
     return [cell for cell in cells if set(words.split()) <= set(str(cell).split())]
-
-
-def cell_of(report: dict[str, Any]) -> Cell:
-    """The cell of a line of the JSON report."""
-    return Cell(*(report[name] for name in Cell.__dataclass_fields__))

@@ -6,9 +6,9 @@ A side counts only where its losses, from the same weights and batches, are ours
 from __future__ import annotations
 
 import math
-import os
 import platform
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.curves import TOLERANCES
 from benchmarks.peers.cells import Cell
-from benchmarks.peers.process import LeftOut, Process
+from benchmarks.peers.process import LeftOut, Process, machine_cpu_seconds
 from benchmarks.peers.sides import OURS, PEERS, Peer, cores
 
 # How far losses may be apart, of the largest: all compute in float32, see `benchmarks.curves`.
@@ -35,6 +35,7 @@ class Result:
 
     gemm: all matrix products of a step; `peer_gemm_seconds` by library. `quartiles` are the first and the third.
     `ratio` of each peer is its time over ours: above 1 we are faster. `left_out`: peers that do not count, and why.
+    `other_cores`: how many cores of the machine were busy with other work meanwhile, on average.
     """
 
     cell: Cell
@@ -50,6 +51,7 @@ class Result:
     curve_difference: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     rounds: int = ROUNDS
+    other_cores: float | None = None
     machine: dict[str, Any] = field(default_factory=dict)
 
     def fastest(self, prefix: str) -> float | None:
@@ -91,8 +93,7 @@ class Bench:
         self.sides = [ours, *(peer for peer in peers if peer.installed)]
         self.processes = {side.name: Process(side, device, scratch) for side in self.sides}
         self.ours = ours.name
-        load = {"cores": cores(), "load": os.getloadavg()[0]}
-        self.machine = self.processes[ours.name].machine() | load | _versions(self.sides)
+        self.machine = self.processes[ours.name].machine() | {"cores": cores()} | _versions(self.sides)
 
     def measure(self, cell: Cell, rounds: int = ROUNDS, seconds: float = SECONDS) -> Result:
         """A cell. Raises LeftOut where our own side cannot be measured."""
@@ -114,6 +115,7 @@ class Bench:
                 result.curve_difference[side.name] = apart
                 sides.append(side)
         times: dict[tuple[str, str], list[float]] = {}
+        begin, busy, own = time.perf_counter(), machine_cpu_seconds(), self._cpu_seconds()
         for _ in range(rounds):
             for side in list(sides):
                 with self._or_left_out(side, result):
@@ -122,12 +124,19 @@ class Bench:
                         times.setdefault((what, side.name), []).append(taken)
                 if side.name in result.left_out:
                     sides.remove(side)
+        if busy is not None and (now := machine_cpu_seconds()) is not None:
+            others = now - busy - (self._cpu_seconds() - own)
+            result.other_cores = max(0.0, others / (time.perf_counter() - begin))
         for side in sides:
             self.processes[side.name].end()
         for (what, name), taken in times.items():
             if name not in result.left_out:
                 self._enter(result, what, name, taken)
         return result
+
+    def _cpu_seconds(self) -> float:
+        """What this benchmark has worked."""
+        return time.process_time() + sum(process.cpu_seconds for process in self.processes.values())
 
     def _enter(self, result: Result, what: str, name: str, taken: list[float]) -> None:
         middle, (first, _, third) = median(taken), quantiles(taken, n=4, method="inclusive")

@@ -45,7 +45,10 @@ class Begun:
 
 
 class Process:
-    """A side's process, as its owner sees it. Each method raises `LeftOut` where it gets no answer."""
+    """A side's process, as its owner sees it. Each method raises `LeftOut` where it gets no answer.
+
+    `cpu_seconds`: what its cores have worked for `seconds`.
+    """
 
     def __init__(self, peer: Peer, device: str, scratch: Path) -> None:
         context = get_context("spawn")
@@ -53,6 +56,7 @@ class Process:
         self._process = context.Process(target=_serve, args=(other, peer, device, scratch), daemon=True)
         self._process.start()
         other.close()
+        self.cpu_seconds = 0.0
 
     def machine(self) -> dict[str, Any]:
         """What the function `machine` of its module says."""
@@ -66,8 +70,9 @@ class Process:
 
     def seconds(self, what: str, budget: float) -> float:
         """What a "step" takes, or the "products" of one, measured for about so many seconds."""
-        answer: float = self._ask((what, budget))
-        return answer
+        taken, cpu = self._ask((what, budget))
+        self.cpu_seconds += cpu
+        return float(taken)
 
     def end(self) -> None:
         """Of the cell."""
@@ -143,10 +148,11 @@ def _measure(pipe: Connection, make: Callable[[], Side]) -> None:
     calls = {"step": side.step}
     while (asked := pipe.recv()) is not None:
         what, budget = asked
+        before_cpu = time.process_time()
         if what not in calls:
             calls[what] = side.products()
         taken = seconds_a_call(calls[what], side.wait, budget)
-        pipe.send(taken / steps if what == "step" else taken)
+        pipe.send((taken / steps if what == "step" else taken, time.process_time() - before_cpu))
     pipe.send(None)
 
 
@@ -168,6 +174,15 @@ def seconds_a_call(call: Callable[[], None], wait: Callable[[], None], budget: f
         spent += last
     n = max(1, int(budget * n / last))
     return taken(n) / n
+
+
+def machine_cpu_seconds() -> float | None:
+    """What all cores of the machine have worked since it was started; None where the system does not say."""
+    try:
+        user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split(maxsplit=8)[1:8])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 def _memory(what: str) -> int | None:

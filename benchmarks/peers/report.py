@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from benchmarks.peers.measure import Result, summary
 from benchmarks.peers.sides import COLUMN, COMPILED, EAGER, GRAPH, JAX, SKLEARN
 
 COLUMNS = (EAGER, COMPILED, GRAPH, SKLEARN, JAX)
+QUIET = 0.1  # cores that other work may keep busy
 RIVALS = {"the fastest PyTorch": "torch", "scikit-learn": "scikit-learn", "the fastest JAX": "jax"}
 
 
@@ -76,7 +78,7 @@ def notes(results: Sequence[Result]) -> str:
         f"- {machine['device']}, {machine['date']}: " + ", ".join(f"{name} {x}" for name, x in versions.items()),
         f"- copies {machine['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
         f"multiplies {machine['matrix_flops_per_second'] / 1e9:.0f} GFLOP/s (float32)",
-        f"- load of its {machine['cores']} cores before: {machine['load']:.1f}",
+        _busy(results),
         "- threads: " + ", ".join(f"{name} {n}" for name, n in first.threads.items()),
     ]
     for name in first.compile_seconds:
@@ -91,6 +93,15 @@ def notes(results: Sequence[Result]) -> str:
         where = "" if len(cells) == len(results) else f" ({'; '.join(str(result.cell) for result in cells)})"
         lines.append(f"- left out, {reason}{where}")
     return "\n".join(lines)
+
+
+def _busy(results: Sequence[Result]) -> str:
+    others = [result.other_cores for result in results if result.other_cores is not None]
+    if not others:
+        return "- whether the machine had other work is not known"
+    usual, cores = median(others), results[0].machine["cores"]
+    warning = ": TOO MUCH for these times to be trusted" if usual > QUIET else ""
+    return f"- other work kept {usual:.2f} of {cores} cores busy, in some cell {max(others):.2f}{warning}"
 
 
 def plot(results: Sequence[Result], path: Path) -> None:

@@ -32,6 +32,7 @@ class Jit(Side):
         p = [(jnp.asarray(weights.T.copy()), jnp.asarray(biases)) for weights, biases in parameters(cell)]
         moments = [jax.tree.map(jnp.zeros_like, p) for _ in range(MOMENTS[cell.optimizer])]
         self.state: State = p, moments, jnp.zeros(()), jnp.zeros(())
+        self.made: Any = ()  # by the products
         self.compiled, self.batches = self.prepare()
 
     def prepare(self) -> tuple[Callable[..., Any], Any]:
@@ -43,7 +44,7 @@ class Jit(Side):
         self.state = self.compiled(self.state, *next(self.batches))
 
     def wait(self) -> None:
-        jax.block_until_ready(self.state)
+        jax.block_until_ready((self.state, self.made))
 
     def read_loss(self) -> float:
         """A step's: `losses` reads each."""
@@ -55,15 +56,16 @@ class Jit(Side):
         inputs, weights, deltas = ([jnp.asarray(x) for x in group] for group in operands(self.cell))
         layers = range(self.cell.layers)
 
-        def all_of_them(inputs: Any, weights: Any, deltas: Any) -> Any:
+        def all_of_them(last: Any, inputs: Any, weights: Any, deltas: Any) -> Any:
             outputs = [inputs[k] @ weights[k] for k in layers]
             gradients = [inputs[k].T @ deltas[k] for k in layers]
             return outputs, gradients, [deltas[k] @ weights[k].T for k in layers if k]
 
-        compiled = jax.jit(all_of_them)
+        compiled = jax.jit(all_of_them, donate_argnums=0, keep_unused=True)  # into the arrays of the last call
+        self.made = jax.tree.map(jnp.zeros_like, (inputs, weights, deltas[1:]))
 
         def make() -> None:
-            jax.block_until_ready(compiled(inputs, weights, deltas))
+            self.made = compiled(self.made, inputs, weights, deltas)
 
         return make
 
