@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from benchmarks.peers.cells import RATE, Cell, operands, parameters
+from benchmarks.peers.cells import Cell, operands, parameters
 from benchmarks.peers.sides import Side
 from benchmarks.rounds import alternate
 from gpu_bp import Batch, Network, Objective, Optimizer, Step, registry, select
@@ -27,19 +27,24 @@ class Ours(Side):
         self.threads = max((pool["num_threads"] for pool in threadpool_info()), default=1)
         self.backend = backend = backend_for(device) if isinstance(device, str) else device
         activations = [cell.activation] * (cell.layers - 1) + [OUTPUTS[cell.loss]]
-        network = Network([cell.width] * (cell.layers + 1), activations, backend=backend)
-        names = ("weights", "biases")
-        pairs = enumerate(parameters(cell))
-        network.load({f"layers.{k}.{name}": x for k, pair in pairs for name, x in zip(names, pair, strict=True)})
-        self.objective = Objective(network, registry.loss(cell.loss), cell.batch)
-        optimizer = Optimizer(registry.update(UPDATES[cell.optimizer]), network, constant(RATE))
-        self.take = Step(self.objective, optimizer)
+        self.network = Network([cell.width] * (cell.layers + 1), activations, backend=backend)
+        self.objective = Objective(self.network, registry.loss(cell.loss), cell.batch)
+        self.optimizer = Optimizer(registry.update(UPDATES[cell.optimizer]), self.network, constant(cell.rate))
+        self.take = Step(self.objective, self.optimizer)
         rows = self.put(np.arange(cell.batch))
         self.batches = self.ready(lambda inputs, targets: Batch(self.put(inputs), self.put(targets), rows))
+        self.begin()
 
     def put(self, host: np.ndarray) -> np.ndarray:
         """On the device; not copied where it is there."""
         return host if self.backend.name == "numpy" else self.backend.to_device(host)
+
+    def begin(self) -> None:
+        for layer, (weights, biases) in zip(self.network.layers, parameters(self.cell), strict=True):
+            layer.weights[...], layer.biases[...] = self.put(weights), self.put(biases)
+        for array in self.optimizer.state.values():
+            array.fill(0)
+        self.optimizer.steps = 0
 
     def step(self) -> None:
         self.take(next(self.batches))

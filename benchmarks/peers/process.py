@@ -149,7 +149,9 @@ def _measure(pipe: Connection, make: Callable[[], Side]) -> None:
     while (asked := pipe.recv()) is not None:
         what, budget = asked
         before_cpu = time.process_time()
-        if what not in calls:
+        if what == "step":
+            side.begin()
+        elif what not in calls:
             calls[what] = side.products()
         taken = seconds_a_call(calls[what], side.wait, budget)
         pipe.send((taken / steps if what == "step" else taken, time.process_time() - before_cpu))

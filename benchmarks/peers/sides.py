@@ -41,6 +41,10 @@ class Side(ABC):
         return itertools.cycle([put(*batch) for batch in batches(self.cell)])
 
     @abstractmethod
+    def begin(self) -> None:
+        """With the initial parameters again, and an optimizer that has taken no step."""
+
+    @abstractmethod
     def step(self) -> None:
         """A step with the next batch; its loss is added to a sum, and the host does not wait for it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from itertools import repeat
+from itertools import cycle
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # others need the GPU's memory too
@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.peers.cells import MOMENTUM, RATE, Cell, batches, operands, parameters
+from benchmarks.peers.cells import BATCHES, BETAS, EPSILON, MOMENTUM, Cell, batches, operands, parameters
 from benchmarks.peers.sides import Side
 
 jax.config.update("jax_default_matmul_precision", "highest")  # float32, as in all other libraries here
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "logistic": jax.nn.sigmoid}
-BETAS, EPSILON = (0.9, 0.999), 1e-8
 MOMENTS = {"sgd": 1, "adam": 2}  # how many an optimizer keeps of each parameter
 State = Any
 
@@ -29,11 +28,14 @@ class Jit(Side):
     def __init__(self, cell: Cell, device: str) -> None:
         jax.config.update("jax_platforms", device)
         super().__init__(cell, device)
-        p = [(jnp.asarray(weights.T.copy()), jnp.asarray(biases)) for weights, biases in parameters(cell)]
-        moments = [jax.tree.map(jnp.zeros_like, p) for _ in range(MOMENTS[cell.optimizer])]
-        self.state: State = p, moments, jnp.zeros(()), jnp.zeros(())
         self.made: Any = ()  # by the products
         self.compiled, self.batches = self.prepare()
+        self.begin()
+
+    def begin(self) -> None:
+        p = [(jnp.asarray(weights.T.copy()), jnp.asarray(biases)) for weights, biases in parameters(self.cell)]
+        moments = [jax.tree.map(jnp.zeros_like, p) for _ in range(MOMENTS[self.cell.optimizer])]
+        self.state: State = p, moments, jnp.zeros(()), jnp.zeros(())
 
     def prepare(self) -> tuple[Callable[..., Any], Any]:
         """The compiled function, and what it is called with, for ever."""
@@ -76,13 +78,15 @@ class Jit(Side):
 
 
 class Scan(Jit):
-    """As many steps a call as there are batches ready, which lie in one array."""
+    """Four steps a call, or two, whose batches lie in one array."""
 
     def prepare(self) -> tuple[Callable[..., Any], Any]:
-        take = _step_of(self.cell)
-        self.steps_a_call = self.cell.n_batches
-        stacked = tuple(jnp.asarray(_narrow(np.stack(group))) for group in zip(*batches(self.cell), strict=True))
-        return jax.jit(lambda state, *rows: jax.lax.scan(take, state, rows), donate_argnums=0), repeat(stacked)
+        take, n = _step_of(self.cell), min(BATCHES, self.cell.n_batches)
+        self.steps_a_call = n
+        ready = list(batches(self.cell))
+        groups = [zip(*ready[k : k + n], strict=True) for k in range(0, len(ready), n)]
+        stacked = [tuple(jnp.asarray(_narrow(np.stack(x))) for x in group) for group in groups]
+        return jax.jit(lambda state, *rows: jax.lax.scan(take, state, rows), donate_argnums=0), cycle(stacked)
 
     def step(self) -> None:
         self.state, self.last_losses = self.compiled(self.state, *next(self.batches))
@@ -91,8 +95,8 @@ class Scan(Jit):
         found: list[float] = []
         while len(found) < steps:
             self.step()
-            found += [float(x) for x in self.last_losses]
-        return found[:steps]
+            found += map(float, self.last_losses)
+        return found
 
 
 def _put(*batch: np.ndarray) -> tuple[jax.Array, ...]:
@@ -119,23 +123,23 @@ def _step_of(cell: Cell) -> Callable[[State, Any], tuple[State, Any]]:
     def step(state: State, batch: Any) -> tuple[State, Any]:
         parameters, moments, count, total = state
         loss, gradients = jax.value_and_grad(loss_of)(parameters, *batch)
-        parameters, moments = update(parameters, gradients, moments, count + 1)
+        parameters, moments = update(cell.rate, parameters, gradients, moments, count + 1)
         return (parameters, moments, count + 1, total + loss), loss
 
     return step
 
 
-def _sgd(parameters: Any, gradients: Any, moments: Any, count: jax.Array) -> Any:
+def _sgd(rate: float, parameters: Any, gradients: Any, moments: Any, count: jax.Array) -> Any:
     changes = jax.tree.map(lambda change, g: MOMENTUM * change + g, moments[0], gradients)
-    return jax.tree.map(lambda p, change: p - RATE * change, parameters, changes), [changes]
+    return jax.tree.map(lambda p, change: p - rate * change, parameters, changes), [changes]
 
 
-def _adam(parameters: Any, gradients: Any, moments: Any, count: jax.Array) -> Any:
+def _adam(rate: float, parameters: Any, gradients: Any, moments: Any, count: jax.Array) -> Any:
     means = jax.tree.map(lambda m, g: BETAS[0] * m + (1 - BETAS[0]) * g, moments[0], gradients)
     squares = jax.tree.map(lambda v, g: BETAS[1] * v + (1 - BETAS[1]) * g * g, moments[1], gradients)
-    rate, root = RATE / (1 - BETAS[0] ** count), jnp.sqrt(1 - BETAS[1] ** count)
+    corrected, root = rate / (1 - BETAS[0] ** count), jnp.sqrt(1 - BETAS[1] ** count)
 
     def moved(p: Any, mean: Any, square: Any) -> Any:
-        return p - rate * mean / (jnp.sqrt(square) / root + EPSILON)
+        return p - corrected * mean / (jnp.sqrt(square) / root + EPSILON)
 
     return jax.tree.map(moved, parameters, means, squares), [means, squares]

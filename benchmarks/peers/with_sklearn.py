@@ -15,7 +15,7 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.neural_network._stochastic_optimizers import AdamOptimizer, SGDOptimizer
 from threadpoolctl import threadpool_info
 
-from benchmarks.peers.cells import MOMENTUM, RATE, Cell, parameters
+from benchmarks.peers.cells import BETAS, EPSILON, MOMENTUM, Cell, parameters
 from benchmarks.peers.sides import Side
 
 
@@ -41,17 +41,21 @@ class Perceptron(Side):
             model.partial_fit(row, row)
             self.scale = cell.width  # its loss is the mean over outputs, its gradient that of their sum
             self.batches = self.ready(lambda x, targets: (x, targets))
-        for layer, (weights, biases) in enumerate(parameters(cell)):
-            model.coefs_[layer][...] = weights.T
-            model.intercepts_[layer][...] = biases
-        self.parameters = model.coefs_ + model.intercepts_
-        if cell.optimizer == "sgd":
-            model._optimizer = SGDOptimizer(self.parameters, RATE, momentum=MOMENTUM, nesterov=False)
-        else:
-            model._optimizer = AdamOptimizer(self.parameters, RATE)
-        self.model, self.loss = model, 0.0
+        self.model, self.parameters, self.loss = model, model.coefs_ + model.intercepts_, 0.0
         self.signals, self.deltas = [None] * (cell.layers + 1), [None] * cell.layers
         self.gradients = [np.empty_like(x) for x in model.coefs_], [np.empty_like(x) for x in model.intercepts_]
+
+        self.begin()
+
+    def begin(self) -> None:
+        cell, model = self.cell, self.model
+        for k, (weights, biases) in enumerate(parameters(cell)):
+            model.coefs_[k][...] = weights.T
+            model.intercepts_[k][...] = biases
+        if cell.optimizer == "sgd":
+            model._optimizer = SGDOptimizer(self.parameters, cell.rate, momentum=MOMENTUM, nesterov=False)
+        else:
+            model._optimizer = AdamOptimizer(self.parameters, cell.rate, *BETAS, EPSILON)
 
     def step(self) -> None:
         model, (inputs, targets) = self.model, next(self.batches)

@@ -16,19 +16,20 @@ import torch._dynamo  # a training imports these later: what an import takes is 
 import torch._inductor.compile_fx
 from torch.nn import functional
 
-from benchmarks.peers.cells import MOMENTUM, RATE, Cell, operands, parameters
+from benchmarks.peers.cells import BETAS, EPSILON, MOMENTUM, Cell, operands, parameters
 from benchmarks.peers.sides import Side
 
 torch.set_float32_matmul_precision("highest")
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "logistic": torch.sigmoid}
 MODULES = {"relu": torch.nn.ReLU, "tanh": torch.nn.Tanh, "logistic": torch.nn.Sigmoid}
-BETAS, EPSILON = (0.9, 0.999), 1e-8
 MOMENTS = {"sgd": 1, "adam": 2}  # how many an optimizer keeps of each parameter
 WARM_UP = 3  # steps before a graph is captured, as PyTorch's own recipe has it
 
 
 class Torch(Side):
-    """What PyTorch's variants share. `on` is a step on inputs and targets."""
+    """What PyTorch's variants share. `on` is a step on inputs and targets; `parameters` begin with weights, biases."""
+
+    parameters: list[torch.Tensor]
 
     def __init__(self, cell: Cell, device: str) -> None:
         super().__init__(cell, device)
@@ -47,6 +48,18 @@ class Torch(Side):
 
     def on(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         raise NotImplementedError
+
+    def state(self) -> list[torch.Tensor]:
+        """What the optimizer keeps beside the parameters."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        for k, pair in enumerate(parameters(self.cell)):
+            for p, x in zip(self.parameters[2 * k :], pair, strict=False):
+                p.copy_(torch.from_numpy(x))
+        for x in self.state():
+            x.zero_()
 
     def step(self) -> None:
         self.on(*next(self.batches))
@@ -91,26 +104,21 @@ class Eager(Torch):
     def __init__(self, cell: Cell, device: str, mode: str = "", capturable: bool = False) -> None:
         super().__init__(cell, device)
         layers: list[torch.nn.Module] = []
-        for k, (weights, biases) in enumerate(parameters(cell)):
-            linear = torch.nn.Linear(cell.width, cell.width, device="meta")
-            linear.weight = torch.nn.Parameter(self.put(weights))
-            linear.bias = torch.nn.Parameter(self.put(biases))
-            layers += [linear, *([MODULES[cell.activation]()] if k < cell.layers - 1 else [])]
-        model = torch.nn.Sequential(*layers)
+        for _ in range(cell.layers):
+            layers += [torch.nn.Linear(cell.width, cell.width, device=device), MODULES[cell.activation]()]
+        model = torch.nn.Sequential(*layers[:-1])
         self.parameters = list(model.parameters())
-        rest: dict[str, Any] = {
-            "fused": True,
-            **({"capturable": True} if capturable and cell.optimizer == "adam" else {}),
-        }
         if cell.optimizer == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.parameters, RATE, MOMENTUM, **rest)
+            self.optimizer: Any = torch.optim.SGD(self.parameters, cell.rate, MOMENTUM, fused=True)
         else:
-            self.optimizer = torch.optim.Adam(self.parameters, RATE, BETAS, EPSILON, **rest)
+            options = {"fused": True, "capturable": capturable}
+            self.optimizer = torch.optim.Adam(self.parameters, cell.rate, BETAS, EPSILON, **options)
 
         def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             return self.loss(model(inputs), targets)
 
         self.loss_of = torch.compile(loss_of, fullgraph=True, dynamic=False, mode=mode) if mode else loss_of
+        self.begin()
 
     def on(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -120,7 +128,6 @@ class Eager(Torch):
         self.total += loss.detach()
 
     def state(self) -> list[torch.Tensor]:
-        """What the optimizer keeps beside the parameters."""
         return [x for kept in self.optimizer.state.values() for x in kept.values() if isinstance(x, torch.Tensor)]
 
 
@@ -129,7 +136,8 @@ class Whole(Torch):
 
     def __init__(self, cell: Cell, device: str) -> None:
         super().__init__(cell, device)
-        self.parameters = [self.put(x) for pair in parameters(cell) for x in pair]
+        n = cell.width
+        self.parameters = [torch.empty(shape, device=device) for _ in range(cell.layers) for shape in ((n, n), n)]
         self.moments = [[torch.zeros_like(p) for p in self.parameters] for _ in range(MOMENTS[cell.optimizer])]
         self.count = torch.zeros((), device=device)
         phi, last = ACTIVATIONS[cell.activation], cell.layers - 1
@@ -148,9 +156,10 @@ class Whole(Torch):
         def step(parameters: Any, moments: Any, count: Any, total: Any, inputs: Any, targets: Any) -> None:
             gradients, loss = gradient_and_loss(parameters, inputs, targets)
             total.add_(loss)
-            update(parameters, gradients, count, *moments)
+            update(cell.rate, parameters, gradients, count, *moments)
 
         self.compiled = step
+        self.begin()
 
     def on(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         self.compiled(self.parameters, self.moments, self.count, self.total, inputs, targets)
@@ -159,19 +168,19 @@ class Whole(Torch):
         return [self.count, *(x for kind in self.moments for x in kind)]
 
 
-def _sgd(parameters: Any, gradients: Any, count: Any, changes: Any) -> None:
+def _sgd(rate: float, parameters: Any, gradients: Any, count: Any, changes: Any) -> None:
     for p, g, change in zip(parameters, gradients, changes, strict=True):
         change.mul_(MOMENTUM).add_(g)
-        p.sub_(change, alpha=RATE)
+        p.sub_(change, alpha=rate)
 
 
-def _adam(parameters: Any, gradients: Any, count: Any, means: Any, squares: Any) -> None:
+def _adam(rate: float, parameters: Any, gradients: Any, count: Any, means: Any, squares: Any) -> None:
     count.add_(1)
-    rate, root = RATE / (1 - BETAS[0] ** count), torch.sqrt(1 - BETAS[1] ** count)
+    corrected, root = rate / (1 - BETAS[0] ** count), torch.sqrt(1 - BETAS[1] ** count)
     for p, g, mean, square in zip(parameters, gradients, means, squares, strict=True):
         mean.lerp_(g, 1 - BETAS[0])
         square.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
-        p.sub_(rate * mean / (square.sqrt() / root + EPSILON))
+        p.sub_(corrected * mean / (square.sqrt() / root + EPSILON))
 
 
 class Captured(Torch):
@@ -182,7 +191,6 @@ class Captured(Torch):
         inner: Eager | Whole = Whole(cell, device) if of == "Whole" else Eager(cell, device, capturable=True)
         ready = [next(inner.batches) for _ in range(cell.n_batches)]
         self.threads, self.total = inner.threads, inner.total
-        initial = [p.detach().clone() for p in inner.parameters]
         begin = time.perf_counter()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -197,14 +205,13 @@ class Captured(Torch):
                 inner.on(*batch)
             pool = graph.pool()
             graphs.append(graph)
-        with torch.no_grad():  # the steps of the warm-up are forgotten
-            for p, values in zip(inner.parameters, initial, strict=True):
-                p.copy_(values)
-            for x in (*inner.state(), self.total):
-                x.zero_()
         torch.cuda.synchronize()
         self.compile_seconds = time.perf_counter() - begin
         self.inner, self.graphs = inner, cycle(graphs)
+        self.begin()
+
+    def begin(self) -> None:
+        self.inner.begin()
 
     def step(self) -> None:
         next(self.graphs).replay()
