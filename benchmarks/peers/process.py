@@ -159,23 +159,26 @@ def _measure(pipe: Connection, make: Callable[[], Side]) -> None:
 
 
 def seconds_a_call(call: Callable[[], None], wait: Callable[[], None], budget: float) -> float:
-    """Of as many calls as fit into the budget, after some that are not counted."""
+    """Of as many calls as fit into the budget, after some that are not counted.
 
-    def taken(n: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(n):
-            call()
+    Where other work comes between, and calls take much longer than they did, there are fewer.
+    """
+
+    def mean(n: int, limit: float) -> float:
+        made, part, begin = 0, max(1, n // 16), time.perf_counter()
+        while made < n and time.perf_counter() - begin <= limit:
+            for _ in range(part):
+                call()
+            made += part
         wait()
-        return time.perf_counter() - begin
+        return (time.perf_counter() - begin) / made
 
-    n, last = 1, taken(1)
-    spent = last
-    while spent < WARM_UP:
+    n, begin = 1, time.perf_counter()
+    last = mean(n, WARM_UP)
+    while time.perf_counter() - begin < WARM_UP:
         n *= 2
-        last = taken(n)
-        spent += last
-    n = max(1, int(budget * n / last))
-    return taken(n) / n
+        last = mean(n, WARM_UP)
+    return mean(max(1, int(budget / last)), 3 * budget)
 
 
 def machine_cpu_seconds() -> float | None:
