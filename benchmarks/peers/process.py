@@ -166,7 +166,7 @@ def seconds_a_call(call: Callable[[], None], wait: Callable[[], None], budget: f
 
     def mean(n: int, limit: float) -> float:
         made, part, begin = 0, max(1, n // 16), time.perf_counter()
-        while made < n and time.perf_counter() - begin <= limit:
+        while made == 0 or (made < n and time.perf_counter() - begin <= limit):
             for _ in range(part):
                 call()
             made += part
