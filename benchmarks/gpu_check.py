@@ -117,8 +117,8 @@ def page(report: dict[str, Any]) -> str:
         lines.append(f"| {c['config']} | {c['precision']} | {c['steps']} | {difference} | {allowed:.0e} | {verdict} |")
     replayed = [graphs.Comparison(**{k: c[k] for k in c if k != "passed"}) for c in report["graphs"]]
     lines += ["", "## Steps replayed from a CUDA graph, against steps one by one", "", graphs.table(replayed), ""]
-    cells = [step.Cell(**cell) for cell in report["steps"]]
-    lines += ["", "## A step against its bare products", "", step.table(cells), ""]
+    floors = [step.Floor(**floor) for floor in report["steps"]]
+    lines += ["", "## A step against its bare products", "", step.table(floors), ""]
     ratios = [data.Ratio(**ratio) for ratio in report["data"]]
     lines += [
         "## Data, and the watch over a step, against what they must not be slower than",
@@ -140,10 +140,10 @@ def check(backend: Backend, *, curve_steps: int, only_curves: bool) -> dict[str,
             comparisons.append(curves.compare(config, precision, (backend, NumpyBackend()), curve_steps))
             print(f"{config.stem}, {precision}: {comparisons[-1].difference} {comparisons[-1].reason}", flush=True)
     replayed = graphs.run(backend, min(graphs.STEPS, curve_steps))
-    cells, ratios, trouble, tests = [], [], "", _counted({}, "")
+    floors, ratios, trouble, tests = [], [], "", _counted({}, "")
     if not only_curves:
         try:
-            cells = step.run(backend)
+            floors = step.run(backend)
             ratios = [*data.run(backend), *step.run_watched(backend)]
         except Exception as error:
             trouble = f"{type(error).__name__}: {error}"
@@ -153,7 +153,7 @@ def check(backend: Backend, *, curve_steps: int, only_curves: bool) -> dict[str,
         "versions": versions(backend),
         "curves": [asdict(c) | {"passed": c.passed} for c in comparisons],
         "graphs": [asdict(c) | {"passed": c.passed} for c in replayed],
-        "steps": [asdict(cell) for cell in cells],
+        "steps": [asdict(floor) for floor in floors],
         "data": [asdict(ratio) for ratio in ratios],
         "trouble": trouble,
         "tests": tests,

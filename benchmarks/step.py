@@ -20,31 +20,32 @@ from typing import Any
 import numpy as np
 
 from benchmarks import data
+from benchmarks.peers.cells import Cell
+from benchmarks.peers.ours import Ours
 from benchmarks.rounds import alternate
 from gpu_bp import Batch, Network, Objective, Optimizer, Step, registry, select
 from gpu_bp.backends import Backend
 from gpu_bp.schedule import constant
 
 CELLS = (
-    (64, 64, "tanh", "sgd"),
-    (64, 1024, "tanh", "adam"),
-    (256, 1024, "relu", "momentum"),
-    (1024, 1024, "relu", "adam"),
+    Cell(3, 64, 64, "tanh", "sgd", "squared_error"),
+    Cell(3, 64, 1024, "tanh", "adam", "squared_error"),
+    Cell(3, 256, 1024, "relu", "sgd", "squared_error"),
+    Cell(3, 1024, 1024, "relu", "adam", "cross_entropy"),
 )
-LAYERS = 3
 # Of a network whose steps are watched: widths, batch, and at most what part of a step the watch may take.
 WATCHED = (([32, 256, 256, 256, 1], 1024, 0.01), ([2, 20, 1], 1, None))
 WATCH_ROUNDS, WATCH_SECONDS = 151, 0.01  # since the difference is small
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One measurement: medians over the rounds, in seconds."""
+class Floor:
+    """A step and its bare products: medians over the rounds, in seconds."""
 
-    width: int
-    batch: int
+    shape: str
     activation: str
     optimizer: str
+    loss: str
     seconds: float
     gemm_seconds: float
 
@@ -53,28 +54,11 @@ class Cell:
         return self.seconds / self.gemm_seconds
 
 
-def measure(backend: Backend, width: int, batch_size: int, activation: str, optimizer: str) -> Cell:
-    """A step of a network of `LAYERS` weight layers of that width, float32, squared error; and its bare products."""
-    network = Network([width] * (LAYERS + 1), [activation] * LAYERS, backend=backend)
-    rng = np.random.default_rng(0)
-    shapes = network.layout.shapes.items()
-    network.load({name: rng.standard_normal(shape) / np.sqrt(width) for name, shape in shapes})
-    objective = Objective(network, registry.loss("squared_error"), batch_size)
-    step = Step(objective, Optimizer(registry.update(optimizer), network, constant(1e-4)))
-    rows = rng.standard_normal((2, batch_size, width)).astype(np.float32)
-    batch = Batch(*(backend.to_device(x) for x in (rows[0], rows[1], np.arange(batch_size))))
-    matrices = [layer.weights for layer in network.layers]
-    gradient, product = backend.zeros((width, width), np.float32), backend.zeros((batch_size, width), np.float32)
-
-    def products() -> None:
-        for k, weights in enumerate(matrices):
-            backend.matmul(batch.inputs, weights, product, transpose_b=True)
-            backend.matmul(batch.targets, batch.inputs, gradient, transpose_a=True)
-            if k:
-                backend.matmul(batch.inputs, weights, product)
-
-    seconds = alternate(backend, [lambda: step(batch), products])
-    return Cell(width, batch_size, activation, optimizer, *seconds)
+def measure(backend: Backend, cell: Cell) -> Floor:
+    """A step of a network in float32; and its bare products."""
+    side = Ours(cell, backend)
+    times = alternate(backend, [side.step, side.products()])
+    return Floor(cell.shape, cell.activation, cell.optimizer, cell.loss, *times)
 
 
 def watched(backend: Backend, widths: list[int], batch_size: int, limit: float | None) -> list[data.Ratio]:
@@ -105,21 +89,21 @@ def watched(backend: Backend, widths: list[int], batch_size: int, limit: float |
     ]
 
 
-def table(cells: list[Cell]) -> str:
-    """The cells as a Markdown table."""
+def table(floors: list[Floor]) -> str:
+    """A line each, in Markdown."""
     lines = [
-        "| width | batch | activation | optimizer | step, ms | products, ms | ratio |",
+        "| shape | activation | optimizer | loss | step, ms | products, ms | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
-    for c in cells:
-        times = f"{c.seconds * 1e3:.3f} | {c.gemm_seconds * 1e3:.3f} | {c.ratio:.2f}"
-        lines.append(f"| {c.width} | {c.batch} | {c.activation} | {c.optimizer} | {times} |")
+    for f in floors:
+        times = f"{f.seconds * 1e3:.3f} | {f.gemm_seconds * 1e3:.3f} | {f.ratio:.2f}"
+        lines.append(f"| {f.shape} | {f.activation} | {f.optimizer} | {f.loss} | {times} |")
     return "\n".join(lines)
 
 
-def run(backend: Backend) -> list[Cell]:
+def run(backend: Backend) -> list[Floor]:
     """All cells."""
-    return [measure(backend, *cell) for cell in CELLS]
+    return [measure(backend, cell) for cell in CELLS]
 
 
 def run_watched(backend: Backend) -> list[data.Ratio]:
@@ -134,10 +118,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     backend, why = select(options.backend)
     print(why)
-    cells, ratios = run(backend), run_watched(backend)
-    print(table(cells), data.table(ratios), sep="\n\n")
+    floors, ratios = run(backend), run_watched(backend)
+    print(table(floors), data.table(ratios), sep="\n\n")
     if options.json:
-        report: list[dict[str, Any]] = [asdict(cell) | {"ratio": cell.ratio} for cell in cells]
+        report: list[dict[str, Any]] = [asdict(floor) | {"ratio": floor.ratio} for floor in floors]
         report += [asdict(ratio) | {"passed": ratio.passed} for ratio in ratios]
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 

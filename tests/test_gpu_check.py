@@ -13,6 +13,7 @@ from conftest import ROOT, bike_sharing
 from cuda_on_cpu.backend import cupy_on_cpu
 
 from benchmarks import curves, data, gpu_check, graphs, rounds, step
+from benchmarks.peers.cells import Cell
 from gpu_bp.backends import Backend, NumpyBackend
 
 NO_RESULT = "No result from a real device exists yet."
@@ -108,9 +109,9 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 def test_step_benchmark(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs, and its table has a line a cell; what it measures is not judged here."""
     monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.0)
-    cell = step.measure(backend, 8, 4, "tanh", "adam")
-    assert cell.seconds > 0 < cell.gemm_seconds
-    assert step.table([cell]).count("\n") == 2
+    floor = step.measure(backend, Cell(3, 8, 4, "tanh", "adam", "squared_error"))
+    assert floor.seconds > 0 < floor.gemm_seconds
+    assert step.table([floor]).count("\n") == 2
 
 
 def test_watch_benchmark(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
