@@ -169,7 +169,7 @@ def test_a_replay_of_several_steps_costs_one_copy() -> None:
         step(batch)
     cupy.device.counts.clear()
     step(batch)
-    del cupy.device.counts["launches"]
+    assert (cupy.device.counts.pop("launches") - 1) % 5 == 0  # the copy, and five times the same
     assert cupy.device.counts == {"graphs": 1, "asynchronous copies": 1}
 
 
