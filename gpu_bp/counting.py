@@ -91,7 +91,7 @@ class Counting:
         return self._backend.division(widths, rows)
 
     def numbers(self, count: int, dtype: Any) -> Numbers:
-        return HostNumbers(count)  # a few bytes, which nobody reads
+        return HostNumbers(count, dtype)  # a few bytes, which nobody reads
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         def operation(*arguments: Any, **keywords: Any) -> None:

@@ -43,7 +43,8 @@ class Scratch(Protocol):
     mask: np.ndarray  # bool
     bits: np.ndarray  # s.a again, as integers of the same size
     zeros: np.ndarray  # all 0, and to stay so: a maximum with an array is faster than with a number
-    one: np.ndarray  # (), 1: an array that NumPy need not make of a number first
+    one: np.ndarray  # (), 1: an array, which NumPy would have to make of a number each time
+    half: np.ndarray  # (), 1/2
     uniforms: np.ndarray  # float64
     # For losses that reduce a row: one value a row.
     row_a: np.ndarray  # (rows, 1)

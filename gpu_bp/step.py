@@ -25,9 +25,10 @@ from gpu_bp.optimizer import Optimizer
 from gpu_bp.share import Share
 from gpu_bp.spec import Array
 
-# So many batches are worked on where they lie: those of a training lie in the same arrays again and again. What comes
-# from elsewhere, each time perhaps from other arrays, is copied into arrays of the step's own.
+# So many batches are worked on where they lie, of small ones more: those of a training lie in the same arrays again and
+# again. What comes from elsewhere, each time perhaps from other arrays, is copied into arrays of the step's own.
 PLACES = 2
+SMALL_PLACES, SMALL = 16, 2**16  # bytes
 # So many recordings are kept, of batches of different sizes, before all begins anew.
 RECORDINGS = 500
 # Parameters for each worker that takes part in an update, at least.
@@ -81,23 +82,25 @@ class Step:
         self._rows = self._used = 0  # of the step so far: its rows, and how many shares have a gradient of it
         self._recorded: dict[tuple[object, ...], Action] = {}
         self._plans: dict[tuple[object, ...], list[list[_Part]]] = {}
-        self._places: dict[tuple[int, ...], Batch] = {}
+        self._places: dict[tuple[int | None, ...], Batch] = {}
         self._several_at: tuple[tuple[int, ...], list[Batch]] | None = None  # a place, and its batches
 
     def __call__(self, batch: Batch) -> None:
-        objective, optimizer = self.objective, self.optimizer
         if batch.steps > 1:
             self._several(batch)
             return
-        objective.check(batch)
+        objective, optimizer, weights = self.objective, self.optimizer, batch.weights
+        place = id(batch.inputs), id(batch.targets), id(weights) if weights is not None else None
+        if place not in self._places:
+            objective.check(batch)
         if batch.place == 0:
             self._rows = self._used = 0
-        self._rows += batch.n
+        self._rows += len(batch.inputs)
         self._count()
         if batch.last:
             optimizer.begin(1.0 if objective.weighs(batch) else 1 / self._rows)  # 1 / total weight
-        if batch.n <= self._part_rows:
-            self._at_one_go(batch)
+        if len(batch.inputs) <= self._part_rows:
+            self._at_one_go(batch, place)
         else:
             self._in_parts(batch)
         objective.count(batch)
@@ -143,24 +146,34 @@ class Step:
         objective.count(batch)
         self._counted += steps
 
-    def _at_one_go(self, batch: Batch) -> None:
+    def _at_one_go(self, batch: Batch, place: tuple[int | None, ...]) -> None:
         """A batch that is not cut: its gradient and, where it is the step's last, the update, in one recording."""
-        share, used = self._shares[0], max(1, self._used)
-        place = tuple(map(id, batch.filled))
-        if place not in self._places and len(self._places) < PLACES:
-            self._places[place] = batch  # and so the arrays live on, and no others are taken for them
+        share, used = self._shares[0], self._used
         if place not in self._places:
-            batch, place = share.take(batch, 0, batch.n), ()
-        kind = (place, batch.n, batch.place if self._draws else 0, self._used > 0, *_kind_of(batch))
+            small = sum(array.nbytes for array in batch.filled) <= SMALL
+            if len(self._places) < (SMALL_PLACES if small else PLACES):
+                self._places[place] = batch  # and so the arrays live on, and no others are taken for them
+            else:
+                batch, place = share.take(batch, 0, batch.n), ()
+        update = self._kind_of_update(batch, used) if batch.last else None
+        key = (
+            "at one go",
+            place,
+            len(batch.inputs),
+            batch.place if self._draws else 0,
+            used > 0,
+            _kind_of(batch),
+            update,
+        )
 
         def run() -> None:
-            share.gradient(batch, add=self._used > 0)
+            share.gradient(batch, add=used > 0)
             if batch.last:
-                for (action,) in self._phases(batch, used, 1):
+                for (action,) in self._phases(batch, max(1, used), 1):
                     action()
 
-        self._record(("at one go", kind, batch.last and self._kind_of_update(batch, used)), run)()
-        self._used = used
+        self._record(key, run)()
+        self._used = max(1, used)
 
     def _in_parts(self, batch: Batch) -> None:
         """A batch that is cut: each worker takes its parts one after the other, in arrays of its own."""

@@ -21,8 +21,8 @@ Array = np.ndarray
 
 def _squared_error(y: Array, d: Array, loss: Array, e: Array, s: Scratch) -> None:
     np.subtract(y, d, out=e)
-    np.multiply(e, e, out=loss)
-    loss *= 0.5
+    np.multiply(e, s.half, out=loss)
+    loss *= e
 
 
 squared_error = FreeLoss(

@@ -43,11 +43,11 @@ def _moment_scalars(betas: tuple[float, float]) -> dict[str, float]:
 # amsgrad: over the root of the largest mean square so far.
 
 
-def _adam_step(w: Array, root_of: Array, mean: Array, s: Scratch, step_size: float, root: float, eps: float) -> None:
+def _adam_step(w: Array, root_of: Array, mean: Array, s: Scratch, step_size: float, eps: float) -> None:
     np.sqrt(root_of, out=s.b)
-    s.b += eps / root
+    s.b += eps
     np.divide(mean, s.b, out=s.b)
-    s.b *= step_size / root
+    s.b *= step_size
     w -= s.b
 
 
@@ -58,12 +58,11 @@ def _adam(
     square: Array,
     s: Scratch,
     step_size: float,
-    root: float,
     eps: float,
     **rests: float,
 ) -> None:
     _moments(g, mean, square, s, **rests)
-    _adam_step(w, square, mean, s, step_size, root, eps)
+    _adam_step(w, square, mean, s, step_size, eps)
 
 
 def _amsgrad(
@@ -74,30 +73,28 @@ def _amsgrad(
     largest: Array,
     s: Scratch,
     step_size: float,
-    root: float,
     eps: float,
     **rests: float,
 ) -> None:
     _moments(g, mean, square, s, **rests)
     np.maximum(largest, square, out=largest)
-    _adam_step(w, largest, mean, s, step_size, root, eps)
+    _adam_step(w, largest, mean, s, step_size, eps)
 
 
 def _adam_scalars(
     step: int, learning_rate: float, betas: tuple[float, float], eps: float, amsgrad: bool
 ) -> dict[str, float]:
-    return _moment_scalars(betas) | {
-        "step_size": learning_rate / (1 - betas[0] ** step),
-        "root": 1 / math.sqrt(1 - betas[1] ** step),
-        "eps": eps,
-    }
+    root = math.sqrt(
+        1 - betas[1] ** step
+    )  # of the mean square's correction: above and below the line, for fewer passes
+    return _moment_scalars(betas) | {"step_size": learning_rate * root / (1 - betas[0] ** step), "eps": eps * root}
 
 
-_ADAM = Twin(_MOMENTS_CUDA + "w -= step_size * (mean / (sqrt(square) * root + eps));", _adam)
+_ADAM = Twin(_MOMENTS_CUDA + "w -= step_size * (mean / (sqrt(square) + eps));", _adam)
 _AMSGRAD = Twin(
     _MOMENTS_CUDA
     + """if (!(square <= largest)) largest = square;
-w -= step_size * (mean / (sqrt(largest) * root + eps));""",
+w -= step_size * (mean / (sqrt(largest) + eps));""",
     _amsgrad,
 )
 
@@ -107,7 +104,7 @@ def _adam_variant(amsgrad: bool, **_: object) -> tuple[tuple[str, ...], Twin]:
 
 
 _ADAM_PARAMETERS: dict[str, Parameter | Flag | Numbers] = {"betas": BETAS, "eps": EPS, "amsgrad": Flag()}
-_ADAM_SCALARS = (*_MOMENTS, "step_size", "root", "eps")
+_ADAM_SCALARS = (*_MOMENTS, "step_size", "eps")
 
 adam = Update(
     name="adam",

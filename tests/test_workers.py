@@ -24,7 +24,7 @@ from gpu_bp.backends.base import Action
 from gpu_bp.backends.host_threads import Workers, blas_threads, division
 from gpu_bp.noise import Noise
 from gpu_bp.spec import FusedLoss
-from gpu_bp.step import PLACES, _cut
+from gpu_bp.step import SMALL_PLACES, _cut
 
 ROWS = 101
 
@@ -147,7 +147,7 @@ def test_arrays_may_be_others_each_time(cut: bool, monkeypatch: pytest.MonkeyPat
     backends = [cutting(monkeypatch), cutting(monkeypatch)] if cut else [NumpyBackend(), Plain()]
     one, two = (step_of(backend, loss) for backend in backends)
     kept = Batch(np.empty((ROWS, 4)), np.empty((ROWS, 3)), np.arange(ROWS))
-    for _ in range(4 * PLACES):
+    for _ in range(3 * SMALL_PLACES):
         x, d = rng.standard_normal((ROWS, 4)), rng.standard_normal((ROWS, 3))
         one(Batch(x.copy(), d.copy(), np.arange(ROWS)))
         kept.inputs[...], kept.targets[...] = x, d

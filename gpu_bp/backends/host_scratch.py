@@ -34,6 +34,7 @@ class Scratch:
     zeros = cached_property(lambda self: np.zeros(self._shape, self._dtype))
     uniforms = cached_property(lambda self: np.empty(self._shape))
     one = cached_property(lambda self: np.ones((), self._dtype))
+    half = cached_property(lambda self: np.full((), 0.5, self._dtype))
     ones = cached_property(lambda self: np.ones(self._shape, self._dtype))
     tile = cached_property(lambda self: np.empty((TILE // self._shape[0], self._shape[0]), self._dtype))
     row_a = cached_property(lambda self: np.empty((self._shape[0], 1), self._dtype))

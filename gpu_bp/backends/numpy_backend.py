@@ -38,13 +38,21 @@ from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, GroupedLoss, Los
 
 
 class HostNumbers:
-    """Numbers that are read where they are: see `gpu_bp.backends.base.Numbers`."""
+    """Numbers that are read where they are: see `gpu_bp.backends.base.Numbers`.
 
-    def __init__(self, count: int) -> None:
-        self.steps: Sequence[Sequence[float]] = ((math.nan,) * count,)
+    `arrays`: each as an array (), which NumPy would have to make of a number each time.
+    """
+
+    def __init__(self, count: int, dtype: Any) -> None:
+        self._values: tuple[float, ...] = ()
+        self._array = np.full(count, np.nan, dtype)
+        self.arrays = [self._array[k : k + 1].reshape(()) for k in range(count)]
 
     def set(self, *steps: Sequence[float]) -> None:
-        self.steps = steps
+        (values,) = steps  # one: see steps_at_once
+        if values != self._values:
+            self._values = tuple(values)
+            self._array[:] = self._values
 
 
 class NumpyBackend:
@@ -105,7 +113,7 @@ class NumpyBackend:
         return host_threads.division(widths, rows, self._workers.count)
 
     def numbers(self, count: int, dtype: Any) -> HostNumbers:
-        return HostNumbers(count)
+        return HostNumbers(count, dtype)
 
     def copy(self, array: Array, out: Array) -> None:
         self._do(np.copyto, out, array)
@@ -122,7 +130,8 @@ class NumpyBackend:
 
     def matmul(self, a: Array, b: Array, out: Array, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
         self._largest = max(self._largest, a.size * out.shape[1])
-        self._do(np.dot, a.T if transpose_a else a, b.T if transpose_b else b, out)
+        left: Any = a.T if transpose_a else a
+        self._do(left.dot, b.T if transpose_b else b, out)  # which is found faster than np.dot
 
     def activate(
         self, activation: Activation | RowActivation, net_input: Array, biases: Array | None, output: Array
@@ -133,7 +142,8 @@ class NumpyBackend:
                 several = v.reshape(-1, tile.size)
                 self._do(np.add, several, tile.reshape(1, -1), several)
             elif biases is not None:
-                self._do(np.add, v, biases, v)
+                row = v[0] if len(v) == 1 else v  # of one dimension, as the biases, it is faster
+                self._do(np.add, row, biases, row)
             self._do(activation.value.numpy, v, v if output is net_input else y, scratch, **activation.values)
 
     def hidden_delta(self, activation: Activation, error: Array, net_input: Array, output: Array, delta: Array) -> None:
@@ -167,15 +177,19 @@ class NumpyBackend:
                 self._do(activation.delta.numpy, e, x, e, scratch, **activation.values)
 
     def column_sums(self, x: Array, out: Array) -> None:
-        self._do(np.dot, self._scratch_like(x[:, 0]).ones, x, out)
+        if len(x) == 1:
+            self._do(np.copyto, out, x[0])
+        else:
+            self._do(self._scratch_like(x[:, 0]).ones.dot, x, out)
 
     def accumulate(self, x: Array, total: Array, *, squares: bool = False) -> None:
+        flat = x.reshape(-1)
         if not squares:
-            self._do(calls.add_sum, x.reshape(-1), total)
+            self._do(calls.add_sum, flat, self._scratch_like(flat[: calls.FEW]).ones, total)
             return
-        for (part,), scratch in self._slices(x):
+        for (part,), scratch in self._slices(flat):
             self._do(np.multiply, part, part, scratch.a)
-            self._do(calls.add_sum, scratch.a, total)
+            self._do(calls.add_sum, scratch.a, scratch.ones, total)
 
     def add(self, a: Array, b: Array, out: Array) -> None:
         self._do(np.add, a, b, out)
@@ -274,15 +288,14 @@ class NumpyBackend:
             for part, scratch in self._slices(*(x[range_] for x in arrays))
             if part[0].size
         ]
-        names, twin, count = record.scalar_names, record.update.numpy, len(penalties)
+        scale, *values = numbers.arrays
+        own = dict(zip(record.scalar_names, values[len(penalties) :], strict=True))
+        twin = record.update.numpy
 
         def run() -> None:
-            scale, *values = numbers.steps[step]
-            own = dict(zip(names, values[count:], strict=True))
-            if factor is not None:
-                scale *= float(factor[0])
+            whole: Any = scale if factor is None else scale * factor[0]
             for (w, gradient, *rest), scratch, before in slices:
-                np.multiply(gradient, scale, out=scratch.a)
+                np.multiply(gradient, whole, scratch.a)
                 for penalty, k in before:
                     penalty(w, scratch.a, scratch, values[k])
                 twin(w, scratch.a, *rest, scratch, **own)
