@@ -35,13 +35,12 @@ class Comparison:
 
 
 def trained(config: Config, backend: Any, steps: int) -> np.ndarray:
-    """The parameters after so many steps or the first after it that ends a line, and the loss since, as bytes."""
-    trainer = Trainer(config, backend)
-    for _ in trainer.run(together=True):
-        if trainer.steps >= steps:
-            break
+    """The parameters after so many steps, and the losses of the lines until then, as bytes."""
+    train = config.train.model_copy(update={"epochs": None, "steps": steps})
+    trainer = Trainer(config.model_copy(update={"train": train}), backend)
+    losses = [line["train_loss"] for line in trainer.run(together=True) if line]
     parameters = backend.to_host(trainer.model.network.parameters)
-    return np.concatenate([parameters.view(np.uint8), np.array([trainer.running_loss()]).view(np.uint8)])
+    return np.concatenate([parameters.view(np.uint8), np.array(losses).view(np.uint8)])
 
 
 def compare(path: Path, precision: str, backend: type[Any], steps: int = STEPS) -> Comparison:

@@ -408,15 +408,16 @@ def test_changes_that_are_taken_in_the_middle_of_an_epoch(
 def test_steps_of_another_size_go_on_at_the_same_row(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
     """After 3 steps of 8 rows: no row of the epoch is left out, and none comes twice."""
     run, changes = tmp_path / "run", {"allow_change": ["train.batch_size"]}
-    train(tiny_config(), backend=backend, run=run, interrupted=after(3))
-    result = train(tiny_config(train={"batch_size": 4}), backend=backend, run=run, resume=True, **changes)
+    steps = {"log_every": 1}  # so that none are taken together
+    train(tiny_config(train=steps), backend=backend, run=run, interrupted=after(3))
+    result = train(tiny_config(train={"batch_size": 4, **steps}), backend=backend, run=run, resume=True, **changes)
     assert (result.summary["rows"], result.summary["steps"]) == (100, 3 + 7 + 13)
 
 
 def test_another_metric_begins_anew(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
     """The best loss so far is no accuracy."""
     run, changes = tmp_path / "run", {"allow_change": ["stopping"]}
-    options = {"train": {"epochs": 6}}
+    options = {"train": {"epochs": 6}, "checkpoint": {"every_steps": 1}}  # so that no steps are taken together
     train(tiny_config(**options, stopping={}), backend=backend, run=run, interrupted=after(15))
     other = tiny_config(**options, stopping={"metric": "validation_accuracy"})
     best = train(other, backend=backend, run=run, resume=True, **changes).summary["best"]

@@ -40,29 +40,19 @@ from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, GroupedLoss, Los
 class HostNumbers:
     """Numbers that are read where they are: see `gpu_bp.backends.base.Numbers`.
 
-    Each is an array (), which NumPy would have to make of a number each time.
+    `arrays`: each as an array (), which NumPy would have to make of a number each time.
     """
 
     def __init__(self, count: int, dtype: Any) -> None:
-        self._count, self._dtype = count, dtype
-        self._values: list[Sequence[float]] = []  # of each step
-        self._arrays: list[Array] = []
-        self.of_step(0)
-
-    def of_step(self, step: int) -> list[Array]:
-        """Those of a step, one after the other."""
-        while len(self._arrays) <= step:
-            self._values.append(())
-            self._arrays.append(np.full(self._count, np.nan, self._dtype))
-        return [self._arrays[step][k : k + 1].reshape(()) for k in range(self._count)]
+        self._values: tuple[float, ...] = ()
+        self._array = np.full(count, np.nan, dtype)
+        self.arrays = [self._array[k : k + 1].reshape(()) for k in range(count)]
 
     def set(self, *steps: Sequence[float]) -> None:
-        for step, values in enumerate(steps):
-            if step == len(self._arrays):
-                self.of_step(step)
-            if values != self._values[step]:
-                self._values[step] = values
-                self._arrays[step][:] = values
+        (values,) = steps  # one: see steps_at_once
+        if values != self._values:
+            self._values = tuple(values)
+            self._array[:] = self._values
 
 
 class NumpyBackend:
@@ -298,7 +288,7 @@ class NumpyBackend:
             for part, scratch in self._slices(*(x[range_] for x in arrays))
             if part[0].size
         ]
-        scale, *values = numbers.of_step(step)
+        scale, *values = numbers.arrays
         own = dict(zip(record.scalar_names, values[len(penalties) :], strict=True))
         twin = record.update.numpy
 

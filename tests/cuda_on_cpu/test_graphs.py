@@ -169,7 +169,7 @@ def test_a_replay_of_several_steps_costs_one_copy() -> None:
         step(batch)
     cupy.device.counts.clear()
     step(batch)
-    del cupy.device.counts["launches"]
+    assert (cupy.device.counts.pop("launches") - 1) % 5 == 0  # the copy, and five times the same
     assert cupy.device.counts == {"graphs": 1, "asynchronous copies": 1}
 
 
@@ -247,7 +247,7 @@ def test_batches_from_ever_other_arrays() -> None:
     states = []
     for b, cupy in backends():
         step = make_step(b, "squared_error", "momentum")
-        for rows in ROWS:
+        for rows in 3 * ROWS:  # more than are worked on where they lie
             step(make_batch(b, "squared_error", rows))
         assert (cupy.device.counts["graphs"] > 3) == (not states)
         states.append(state_of(step))
