@@ -37,7 +37,7 @@ class Comparison:
 def trained(config: Config, backend: Any, steps: int) -> np.ndarray:
     """The parameters after so many steps or the first after it that ends a line, and the loss since, as bytes."""
     trainer = Trainer(config, backend)
-    for _ in trainer.run():
+    for _ in trainer.run(together=True):
         if trainer.steps >= steps:
             break
     parameters = backend.to_host(trainer.model.network.parameters)

@@ -70,6 +70,7 @@ def build_batches(config: Config, source: Source, backend: Backend, dtype: Any) 
         dtype=dtype,
         block_rows=data.block_rows,
         window_blocks=data.window_blocks,
+        steps_at_once=backend.steps_at_once,
     )
 
 

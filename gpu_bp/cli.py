@@ -24,12 +24,15 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from gpu_bp import memory
+from gpu_bp import gradcheck, memory
 from gpu_bp.backends import select
+from gpu_bp.bench import SECONDS
+from gpu_bp.bench import bench as measure
 from gpu_bp.build import build_network
 from gpu_bp.config import Config
 from gpu_bp.config_file import load_config
 from gpu_bp.data import load_data
+from gpu_bp.environment import cupy_version
 from gpu_bp.errors import UserError
 from gpu_bp.generate import generate as generate_shards
 from gpu_bp.gradcheck import TOLERANCE, check_gradients
@@ -294,14 +297,30 @@ def check(
     if as_json:
         _print_json({"passed": passed, "tolerance": TOLERANCE, "arrays": [worst.to_json() for worst in results]})
     else:
-        print(
-            f"{'layer':>5}  {'array':<8}  {'error':>9}  {'backprop':>13}  {'differences':>13}  entry, of those checked"
-        )
-        for w in results:
-            entry = f"{list(w.index)}, {w.checked}" + (f" ({w.skipped} on a kink)" if w.skipped else "")
-            print(f"{w.layer:>5}  {w.array:<8}  {w.error:>9.2e}  {w.analytic:>13.6e}  {w.numeric:>13.6e}  {entry}")
+        print("\n".join(gradcheck.table(results)))
         print("the gradients agree" if passed else f"the gradients do not agree to {TOLERANCE:g}")
     return 0 if passed else 1
+
+
+@app.command()
+def bench(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    backend: BackendOption = "auto",
+    seconds: Annotated[float, typer.Option(min=0, help="How long steps are timed.")] = SECONDS,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write NVTX ranges: nsys profile gpu-bp bench ... --profile.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how long a config's steps take, where the time goes, and how much of the machine is used; writes nothing."""
+    parsed = load_config(config, overrides or [])
+    chosen, why = select(backend)
+    measured = measure(parsed, chosen, seconds=seconds, profile=profile)
+    if as_json:
+        _print_json(measured.to_json())
+    else:
+        print("\n".join([why, *measured.lines()]))
 
 
 @app.command()
@@ -323,7 +342,7 @@ def info(
             "python": platform.python_version(),
             "numpy": np.__version__,
             "scipy": metadata.version("scipy"),
-            "cupy": _cupy_version(),
+            "cupy": cupy_version(),
             "cpus": os.cpu_count(),
             "backend": chosen.name,
             "device": chosen.device,
@@ -349,19 +368,6 @@ def info(
 def schema() -> None:
     """Print the JSON Schema of a config file."""
     _print_json(Config.model_json_schema())
-
-
-def _cupy_version() -> str | None:
-    names = (f"cupy-cuda{major}x" for major in (13, 12))
-    return next((f"{metadata.version(name)} ({name})" for name in names if _installed(name)), None)
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _sentences(summary: dict[str, Any]) -> list[str]:

@@ -33,6 +33,7 @@ class Counting:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.name, self.resident_bytes = backend.name, backend.resident_bytes
+        self.steps_at_once = backend.steps_at_once
         self.device: Counter[str] = Counter()
         self.host: Counter[str] = Counter()
         self._part = ""

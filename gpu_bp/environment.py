@@ -45,5 +45,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def cupy_version() -> str | None:
+    """Of CuPy and the package it came in; None where there is none."""
+    for name in (f"cupy-cuda{major}x" for major in (13, 12)):
+        try:
+            return f"{metadata.version(name)} ({name})"
+        except metadata.PackageNotFoundError:
+            pass
+    return None
+
+
 def _version(package: str) -> Any:
     return or_unknown(lambda: metadata.version(package))

@@ -8,6 +8,7 @@ Where they seem to differ, a gap |a - n| within the rounding of E's difference, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,6 +49,17 @@ class Worst:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "index": list(self.index), "passed": self.passed}
+
+
+def table(results: Sequence[Worst]) -> list[str]:
+    """What was compared, in lines to be read."""
+    lines = [
+        f"{'layer':>5}  {'array':<8}  {'error':>9}  {'backprop':>13}  {'differences':>13}  entry, of those checked"
+    ]
+    for w in results:
+        entry = f"{list(w.index)}, {w.checked}" + (f" ({w.skipped} on a kink)" if w.skipped else "")
+        lines.append(f"{w.layer:>5}  {w.array:<8}  {w.error:>9.2e}  {w.analytic:>13.6e}  {w.numeric:>13.6e}  {entry}")
+    return lines
 
 
 def check_gradients(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from gpu_bp import registry
 from gpu_bp.errors import UserError, unknown
@@ -26,6 +26,7 @@ class Optimizer:
     Attributes:
         steps: how many were taken. state: the record's state arrays by name, each as long as the parameters.
         rate_factor: what the schedule's rate is multiplied with, after a divergence.
+        rate: the learning rate of the last step; NaN before the first.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Optimizer:
         zeros = network.backend.zeros
         self.state: dict[str, Array] = {name: zeros((network.layout.size,), network.dtype) for name in record.state}
         self.rate_factor = 1.0
+        self.rate = math.nan
         self._names = (*(penalty.name for penalty in self._penalties), *record.scalar_names)
         self._numbers = network.backend.numbers(1 + len(self._names), network.dtype)
 
@@ -75,19 +77,27 @@ class Optimizer:
         self.begin(scale)
         self.update(gradients, factor, flag)
 
-    def begin(self, scale: float) -> None:
-        """Counts a step, and sets the numbers that its update reads, `scale` among them."""
-        rate = self.learning_rate
+    def begin(self, scale: float, steps: int = 1) -> None:
+        """Counts steps that follow each other, and sets the numbers that their updates read, `scale` among them."""
+        self._numbers.set(*[self._next(scale) for _ in range(steps)])
+
+    def _next(self, scale: float) -> Sequence[float]:
+        self.rate = rate = self.learning_rate
         self.steps += 1
         scalars = self.record.scalars(self.steps, rate, **self._parameters) | self._numbers_of_penalties
         if "weight_decay" in scalars:
             scalars["weight_decay"] *= rate
-        self._numbers.set((scale, *(scalars[name] for name in self._names)))
+        return scale, *(scalars[name] for name in self._names)
 
     def update(
-        self, gradients: Array, factor: Array | None = None, flag: Array | None = None, part: slice = slice(None)
+        self,
+        gradients: Array,
+        factor: Array | None = None,
+        flag: Array | None = None,
+        part: slice = slice(None),
+        step: int = 0,
     ) -> None:
-        """What `step` has the backend do; of a part of the flat buffers alone."""
+        """What `step` has the backend do; of a part of the flat buffers alone; for which of the steps begun at once."""
         network, start = self._network, part.indices(len(gradients))[0]
         network.backend.update(
             self.record,
@@ -99,4 +109,5 @@ class Optimizer:
             max(0, self._n_weights - start),
             factor,
             flag,
+            step,
         )

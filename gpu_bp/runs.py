@@ -205,7 +205,7 @@ def _steps(
     if trainer.config.train.on_divergence == "rewind" and not trainer.steps:
         saving.save()
     while True:
-        steps = trainer.run(stop)
+        steps = trainer.run(stop, together=True)
         try:
             for line in steps:
                 if line:

@@ -4,7 +4,7 @@ A step's rows may come as several batches, whose gradients are summed. A large b
 works on several at once, each forward and back by itself (`Backend.division`).
 
 What a step asks of the backend is the same each time but for a few numbers, which stand where it finds them. So it is
-recorded when it is asked for the first time, and from then on only run (`Backend.record`).
+recorded when it is asked for the first time, and from then on only run (`Backend.record`); or several steps as one.
 """
 
 from __future__ import annotations
@@ -87,16 +87,18 @@ class Step:
         self._recorded: dict[tuple[object, ...], Action] = {}
         self._plans: dict[tuple[object, ...], list[list[_Part]]] = {}
         self._places: dict[tuple[int, ...], Batch] = {}
+        self._several_at: tuple[tuple[int, ...], list[Batch]] | None = None  # a place, and its batches
 
     def __call__(self, batch: Batch) -> None:
         objective, optimizer = self.objective, self.optimizer
+        if batch.steps > 1:
+            self._several(batch)
+            return
         objective.check(batch)
         if batch.place == 0:
             self._rows = self._used = 0
         self._rows += batch.n
-        if self._counted != optimizer.steps:
-            self._counted = optimizer.steps
-            self._backend.fill(self._steps, self._counted)
+        self._count()
         if batch.last:
             optimizer.begin(1.0 if objective.weighs(batch) else 1 / self._rows)  # 1 / total weight
         if batch.n <= self._part_rows:
@@ -109,7 +111,42 @@ class Step:
             if self.average is not None:
                 self.average.begun = True
 
+    def _count(self) -> None:
+        """The device knows the number of the step, whoever has changed it."""
+        if self._counted != self.optimizer.steps:
+            self._counted = self.optimizer.steps
+            self._backend.fill(self._steps, self._counted)
+
     # How a batch is worked on
+
+    def _several(self, batch: Batch) -> None:
+        """Steps one after the other, in one recording; what is not as ever, one by one."""
+        objective, average, share = self.objective, self.average, self._shares[0]
+        place = tuple(map(id, batch.filled))
+        if self._several_at is None:
+            self._several_at = place, batch.of_steps()  # and so the arrays live on
+        known, batches = self._several_at
+        if known != place or len(batches) != batch.steps:
+            batches = batch.of_steps()
+        first, steps = batches[0], len(batches)
+        if known != place or first.n > self._part_rows or (average is not None and not average.begun):
+            for each in batches:
+                self(each)
+            return
+        objective.check(first)
+        self._rows, self._used = first.n, 0
+        self._count()
+        self.optimizer.begin(1.0 if objective.weighs(batch) else 1 / first.n, steps)
+
+        def run() -> None:
+            for step, each in enumerate(batches):
+                share.gradient(each, add=False)
+                for (action,) in self._phases(each, 1, 1, step):
+                    action()
+
+        self._record(("several", steps, first.n, *_kind_of(first), self._kind_of_update(first, 1)), run)()
+        objective.count(batch)
+        self._counted += steps
 
     def _at_one_go(self, batch: Batch) -> None:
         """A batch that is not cut: its gradient and, where it is the step's last, the update, in one recording."""
@@ -187,10 +224,11 @@ class Step:
         average, rows = self.average, self._rows if self._clip_norm else 0
         return used, self.objective.weighs(batch), rows, average and (id(average), average.begun)
 
-    def _phases(self, batch: Batch, used: int, workers: int) -> list[list[Action]]:
+    def _phases(self, batch: Batch, used: int, workers: int, step: int = 0) -> list[list[Action]]:
         """The update of a step whose gradients stand in the first shares: what must be done before what.
 
-        What stands in one phase can be done at once, by so many workers, each on a range of the parameters.
+        What stands in one phase can be done at once, by so many workers, each on a range of the parameters. `step` is
+        its place among those that were begun at once.
         """
         objective, backend, optimizer, flag = self.objective, self._backend, self.optimizer, self.flag
         network, gradients, average = objective.network, objective.gradients, self.average
@@ -227,7 +265,7 @@ class Step:
             backend.step_factor(scale, weight, squares, self._clip_norm, self._factor, by)
 
         def change(part: slice) -> None:
-            optimizer.update(gradients, factor, skip, part)
+            optimizer.update(gradients, factor, skip, part, step)
             if average is not None and not self._max_norm:
                 average.add(network.parameters, flag, part)
 

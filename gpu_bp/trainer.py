@@ -37,8 +37,9 @@ class Trainer:
     Attributes:
         dataset: its data. where_data: a line that says how many rows, and where they lie.
         model: the network as it is now, and the preparation of its data.
-        step: what a step does. total_steps: how many the whole training has. steps, rows: how many were taken, and
-            their rows. epoch, epoch_step: of the next step, both from 0.
+        batches: the training rows, as they come. step: what a step does.
+        total_steps: how many the whole training has. steps, rows: how many were taken, and their rows. epoch,
+            epoch_step: of the next step, both from 0.
         stopped: why it ended before its length ("" where it did not); paused: it is not at its end, and can go on.
         rewinds: how often it went back after a divergence.
         average: the moving average of the parameters, and selection: the best of them; None where not asked for.
@@ -54,8 +55,8 @@ class Trainer:
         self.model = Model(network, dataset.preparation, loss)
         sources, self.where_data = settle(backend, dataset.sources, config.data.residency, network.dtype)
         self._evaluators = evaluators(network, loss, sources, train.metric_records())
-        self._batches = build_batches(config, sources["train"], backend, network.dtype)
-        per_epoch = self._batches.per_epoch
+        self.batches = build_batches(config, sources["train"], backend, network.dtype)
+        per_epoch = self.batches.per_epoch
         self.total_steps = train.total_steps(per_epoch)
         # a line an epoch, and where the rows are seen once, a hundred
         self._log_every = train.log_every or (
@@ -64,7 +65,7 @@ class Trainer:
         if train.stop_at_errors is not None and dataset.task.kind == "regression":
             raise UserError("train.stop_at_errors needs a classification, and this is a regression; leave it out")
         record, n_rows = config.optimizer.record(), sources["train"].n_rows
-        if record.full_batch and (self._batches.size < n_rows or train.sampling == "replacement"):
+        if record.full_batch and (self.batches.size < n_rows or train.sampling == "replacement"):
             raise UserError(
                 f"{record.name} needs the gradient of all rows at each step: set train.batch_size = {n_rows} or more, "
                 "and train.sampling to shuffled or ordered"
@@ -86,7 +87,7 @@ class Trainer:
         asked = config.regularisation
         weights = config.loss.class_weight
         table = class_weights(weights, self.dataset) if weights else None
-        objective = build_objective(config, network, self._batches.part_size, table)
+        objective = build_objective(config, network, self.batches.part_size, table)
         optimizer = Optimizer(
             config.optimizer.record(),
             network,
@@ -130,17 +131,21 @@ class Trainer:
                 f'or set {table}.metric = "train_loss"'
             )
 
-    def run(self, stop: Callable[[], str] = lambda: "") -> Generator[dict[str, Any] | None, None, None]:
+    def run(
+        self, stop: Callable[[], str] = lambda: "", *, together: bool = False
+    ) -> Generator[dict[str, Any] | None, None, None]:
         """Trains from where it is; yields None after a step, or a line of metrics where one is due.
 
         `stop` is asked after every step; where it gives a reason, the training pauses there: run again, here or from
-        its state in another process, it goes on as if it had never stopped.
+        its state in another process, it goes on as if it had never stopped. With `together` a backend may take several
+        steps at once where nothing is due between them (`Backend.steps_at_once`), and both come after these.
 
         Raises:
             Diverged: a loss or a gradient was not finite (at which step, where, and for which rows); the network is
                 the one before that step.
         """
         optimizer, read_every = self.step.optimizer, self.model.network.backend.read_every
+        free = self._free if together else lambda: 1
         begin = time.perf_counter() - self.seconds
         if self.paused:
             self.stopped, self.paused = "", False
@@ -148,23 +153,23 @@ class Trainer:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             while self.steps < self.total_steps and not self.stopped:
                 epoch, bad = self.epoch, None
-                follows = self.total_steps - self.steps > self._batches.per_epoch - self.epoch_step
-                for batch in self._batches.epoch(epoch, self.epoch_step, follows=follows):
-                    rate = optimizer.learning_rate
+                follows = self.total_steps - self.steps > self.batches.per_epoch - self.epoch_step
+                for batch in self.batches.epoch(epoch, self.epoch_step, follows=follows, free=free):
+                    before = self.steps
                     self.step(batch)
                     self.rows += batch.n
                     if not batch.last:
                         continue
-                    self.steps += 1
-                    self.go_to(epoch, self.epoch_step + 1)
+                    self.steps += batch.steps
+                    self.go_to(epoch, self.epoch_step + batch.steps)
                     last, due = self.steps == self.total_steps, self.steps % self._log_every == 0
                     reason = stop()
-                    if last or due or reason or self.steps % read_every == 0:
+                    if last or due or reason or self.steps // read_every > before // read_every:
                         bad = self.step.diverged()  # waits for the device
                         if bad is not None:
                             break
                     self.seconds = time.perf_counter() - begin
-                    line = self._line(epoch, rate) if last or due else None
+                    line = self._line(epoch, optimizer.rate) if last or due else None
                     if line and due:  # not one that only ends the training
                         optimizer.schedule.observe(line)
                     if reason and not (last or self.stopped):
@@ -177,33 +182,38 @@ class Trainer:
                 if bad is not None:
                     raise self._diverged_at(bad)
 
+    def _free(self) -> int:
+        """How many steps can be taken before something is to be done."""
+        due = [every - self.steps % every for every in (self._log_every, self.config.checkpoint.every_steps) if every]
+        return min(self.total_steps - self.steps, *due)
+
     def _diverged_at(self, step: int) -> Diverged:
         """Looks at a step that went wrong, the network being as it was before."""
         epoch, epoch_step = self._place_of(step)
         self.steps = step - 1
-        batches = self._batches.epoch(epoch, epoch_step, follows=False)
+        batches = self.batches.epoch(epoch, epoch_step, follows=False)
         with closing(batches):
             return Diverged(str(diagnose(self.step.objective, batches, step)))
 
     def _place_of(self, step: int) -> tuple[int, int]:
         """The epoch and the step of the epoch, both from 0, of one of the steps taken, the first step being 1."""
         return divmod(
-            self.epoch * self._batches.per_epoch + self.epoch_step - (self.steps - step) - 1, self._batches.per_epoch
+            self.epoch * self.batches.per_epoch + self.epoch_step - (self.steps - step) - 1, self.batches.per_epoch
         )
 
     def go_to(self, epoch: int, epoch_step: int) -> None:
         """The next step is this one of an epoch, both counted from 0, and the training's end follows from it."""
-        if epoch_step >= self._batches.per_epoch:
+        if epoch_step >= self.batches.per_epoch:
             epoch, epoch_step = epoch + 1, 0
         self.epoch, self.epoch_step = epoch, epoch_step
         train = self.config.train
         if train.epochs:
-            self.total_steps = self.steps + (train.epochs - epoch) * self._batches.per_epoch - epoch_step
+            self.total_steps = self.steps + (train.epochs - epoch) * self.batches.per_epoch - epoch_step
 
     @property
     def step_rows(self) -> int:
         """Rows of a step; the last of an epoch may have fewer."""
-        return self._batches.size
+        return self.batches.size
 
     def running_loss(self) -> float:
         """The mean training loss since the last line, NaN where there was no step. Waits for the device."""

@@ -140,7 +140,7 @@ def test_stop_at_errors(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> 
 def test_interruption_leaves_a_whole_run(backend: Backend, tiny_config: Tiny, tmp_path: Path) -> None:
     steps = iter(range(100))
     interrupted = lambda: next(steps) == 4  # noqa: E731
-    result = train(tiny_config(), backend=backend, run=tmp_path / "run", interrupted=interrupted)
+    result = train(tiny_config(train={"log_every": 1}), backend=backend, run=tmp_path / "run", interrupted=interrupted)
     assert (result.summary["stopped"], result.summary["steps"]) == ("interrupted", 5)
     assert gpu_bp.evaluate(tmp_path / "run", backend=backend)["test"] == result.summary["test"]
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import threading
 import tracemalloc
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -255,6 +258,24 @@ def test_all_run_at_once() -> None:
     for _ in range(3):
         workers.together([lambda k=k: action(k) for k in range(4)])  # type: ignore[misc]
     assert sorted(seen) == sorted([0, 1, 2, 3] * 3)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_has_workers_of_its_own() -> None:
+    workers = Workers()
+    workers.count = 2
+    workers.together([lambda: None] * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is risky to fork where there are threads
+        child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(60)
+            workers.together([lambda: None] * 2)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("which", [0, 1])

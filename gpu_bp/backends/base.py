@@ -9,6 +9,7 @@ promise: `step.py` checks them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -30,8 +31,11 @@ class Division(NamedTuple):
 class Numbers(Protocol):
     """A few numbers that the host changes from step to step, where what is recorded finds them."""
 
-    def set(self, values: Sequence[float]) -> None:
-        """What is asked of the device from here on reads these values. Does not wait for the device."""
+    def set(self, *steps: Sequence[float]) -> None:
+        """What is asked of the device from here on reads these values: those of a step, or of some that follow it too.
+
+        Does not wait for the device.
+        """
 
 
 class Backend(Protocol):
@@ -39,12 +43,14 @@ class Backend(Protocol):
 
     `resident_bytes`: as much data is put on the device at once where nobody says otherwise. `read_every`: after how
     many steps it pays to read back a number of the device's, for which the host may wait: 1 where the two are one.
+    `steps_at_once`: so many steps are recorded as one where nothing is to be done between them.
     """
 
     name: str
     device: str
     resident_bytes: int
     read_every: int
+    steps_at_once: int
 
     def libraries(self) -> dict[str, Any]:
         """What computes here, by name: versions and settings that results depend on in their last bits.
@@ -82,7 +88,7 @@ class Backend(Protocol):
         """How to work on the rows of a step of a network of these widths; it depends on nothing else."""
 
     def numbers(self, count: int, dtype: Any) -> Numbers:
-        """So many numbers, for arithmetic in that dtype."""
+        """So many numbers a step, for arithmetic in that dtype."""
 
     def copy(self, array: Array, out: Array) -> None:
         """out = array, of one shape; rounded where out's dtype has fewer bits."""
@@ -252,11 +258,13 @@ class Backend(Protocol):
         n_weights: int,
         factor: Array | None = None,
         flag: Array | None = None,
+        step: int = 0,
     ) -> None:
         """One step of an update rule over flat buffers, for the mean gradient scale * factor * gradients.
 
-        Penalties come before the rule, in their order. `numbers` are the scale, the penalties' and the rule's scalars.
-        Penalties of weights act on the first `n_weights` parameters alone. `factor` is (1,), on the device.
+        Penalties come before the rule, in their order. `numbers` are the scale, the penalties' and the rule's scalars;
+        of those of several steps `step` says which. Penalties of weights act on the first `n_weights` parameters alone.
+        `factor` is (1,), on the device.
         """
 
     # random numbers and generated rows
@@ -300,6 +308,17 @@ class Backend(Protocol):
 
     def finish_uploads(self) -> None:
         """The host waits until all uploads so far are made, and may fill their staging memory again."""
+
+    # to see where the time goes
+
+    def mark(self) -> Any:
+        """A place in the order of what the device is given, for `seconds`; the host does not wait."""
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """How long the device took from one mark to the other, at which the host waits for it."""
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """What the host asks for within it has this name in a profiler's picture, where the backend has one."""
 
 
 def or_unknown(ask: Callable[[], Any]) -> Any:

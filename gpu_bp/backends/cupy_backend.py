@@ -14,7 +14,8 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -102,35 +103,45 @@ def _arguments(array: Array | None) -> tuple[Array, ...]:
 # The backend -----------------------------------------------------------------------------------------------
 
 
+# A graph has so many steps where nothing is to be done between them.
+STEPS = 20
+
+
 class Scalars:
     """A few numbers on the device that the host changes from step to step, without waiting for the device.
 
     They are copied from pinned memory, a row a change: from other memory CUDA may wait. A row is written again only
     when the copies of its half of the rows have been made; the host waits only where it is hundreds of changes ahead.
+
+    Attributes:
+        steps: (count,) on the device, of each of the steps that are set at once, in their order.
     """
 
     ROWS = 512
 
-    def __init__(self, count: int, dtype: np.dtype[Any]) -> None:
-        self._memory = cupy.cuda.alloc_pinned_memory(self.ROWS * count * dtype.itemsize)
-        self._rows = np.frombuffer(self._memory, dtype, self.ROWS * count).reshape(self.ROWS, count)
-        self._rows.fill(np.nan)
+    def __init__(self, count: int, dtype: np.dtype[Any], steps: int) -> None:
+        size = count * steps
+        self._memory = cupy.cuda.alloc_pinned_memory(self.ROWS * size * dtype.itemsize)
+        self._rows = np.frombuffer(self._memory, dtype, self.ROWS * size).reshape(self.ROWS, size)
         self._row = -1
+        self._last = self._rows[-1, :0]
         self._copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]  # of each half
-        self.device = cupy.empty(count, dtype)
+        self._device = cupy.empty((steps, count), dtype)
+        self.steps = [self._device[step] for step in range(steps)]
 
-    def set(self, values: Sequence[float]) -> None:
-        """The device array gets these values; nothing is copied where they are the last ones."""
-        wanted = np.array(values, self._rows.dtype)
-        if np.array_equal(wanted, self._rows[self._row]):
+    def set(self, *steps: Sequence[float]) -> None:
+        """The device gets these values; nothing is copied where they are the last ones."""
+        wanted = np.array(steps, self._rows.dtype).reshape(-1)
+        if np.array_equal(wanted, self._last):
             return
         self._row = (self._row + 1) % self.ROWS
         half, place = divmod(self._row, self.ROWS // 2)
         if place == 0:  # all rows of the other half are on their way: wait for this one's last time round
             self._copied[1 - half].record()
             self._copied[half].synchronize()
-        self._rows[self._row] = wanted
-        self.device.data.copy_from_host_async(self._rows[self._row].ctypes.data, self.device.nbytes)
+        self._last = self._rows[self._row, : len(wanted)]
+        self._last[:] = wanted
+        self._device.data.copy_from_host_async(self._last.ctypes.data, self._last.nbytes)
 
 
 GENERATED = 2**24  # numbers of a stage that are generated at once: 128 MiB
@@ -192,6 +203,7 @@ class CupyBackend:
         self._uploads = cupy.cuda.Stream(non_blocking=True)
         self._asked, self._uploaded = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
         self._graphs = graphs
+        self.steps_at_once = STEPS if graphs else 1
         self.captures = Captures(cupy)
         self._no_bindings = "" if bindings else "products are left to CuPy, as asked"  # why they are not used
 
@@ -262,7 +274,7 @@ class CupyBackend:
         return Division(rows, 1)
 
     def numbers(self, count: int, dtype: Any) -> Scalars:
-        return Scalars(count, np.dtype(dtype))
+        return Scalars(count, np.dtype(dtype), self.steps_at_once)
 
     def copy(self, array: Array, out: Array) -> None:
         launch(kernels.copy(), array, out)
@@ -443,6 +455,7 @@ class CupyBackend:
         n_weights: int,
         factor: Array | None = None,
         flag: Array | None = None,
+        step: int = 0,
     ) -> None:
         assert isinstance(numbers, Scalars)
         before = tuple((penalty.name, penalty.apply.cuda, penalty.weights_only) for penalty in penalties)
@@ -456,7 +469,7 @@ class CupyBackend:
             with_flag=flag is not None,
         )
         optional = (*_arguments(flag), *_arguments(factor))
-        compiled(text)(*optional, numbers.device, gradients, n_weights, parameters, *state)
+        compiled(text)(*optional, numbers.steps[step], gradients, n_weights, parameters, *state)
 
     def uniforms(self, seed: int, purpose: Purpose, start: int, out: Array) -> None:
         self._fill(kernels.fill(normal=False), seed, purpose, start, out)
@@ -530,6 +543,24 @@ class CupyBackend:
 
     def finish_uploads(self) -> None:
         self._uploaded.synchronize()
+
+    def mark(self) -> Any:
+        event = cupy.cuda.Event()
+        event.record()
+        return event
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        end.synchronize()
+        milliseconds: float = cupy.cuda.get_elapsed_time(begin, end)
+        return milliseconds / 1000
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        cupy.cuda.nvtx.RangePush(name)
+        try:
+            yield
+        finally:
+            cupy.cuda.nvtx.RangePop()
 
     def _rows(
         self,

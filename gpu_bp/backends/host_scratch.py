@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 # Elements that a formula works on at a time: its few arrays then stay in a core's second-level cache.
-BLOCK = 16384
+BLOCK = 2**16
 # Elements of biases that are added at a time.
 TILE = 2048
 # Elements that are looked at a time, where nothing is written.
-LOOK = 4 * BLOCK
+LOOK = BLOCK
 
 
 class Scratch:

@@ -8,11 +8,11 @@ alone, by the rules here; docs/performance.md has the measurements that they com
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
-from functools import cached_property
 from itertools import pairwise
 
 from gpu_bp.backends.base import Action, Division
@@ -46,16 +46,16 @@ class Workers:
     def __init__(self) -> None:
         self._blas = blas_library()
         self.count: int = 1 if self._blas is None else self._blas.num_threads
-
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.count - 1, "gpu_bp-worker")
+        self._pool: ThreadPoolExecutor | None = None
+        self._process = 0
 
     def together(self, actions: Sequence[Action]) -> None:
         """Runs all of them at once, each with products on a single thread; returns when all have ended."""
         if len(actions) == 1:
             actions[0]()
             return
+        if self._pool is None or self._process != os.getpid():  # a process that is forked has none of the threads
+            self._pool, self._process = ThreadPoolExecutor(self.count - 1, "gpu_bp-worker"), os.getpid()
         with self.at_most(1):
             # in copies of the context: what NumPy says of overflows is a part of it
             others = [self._pool.submit(copy_context().run, action) for action in actions[1:]]

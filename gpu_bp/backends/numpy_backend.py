@@ -10,8 +10,10 @@ caller owns, and scratch arrays are kept by shape.
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -40,10 +42,10 @@ class HostNumbers:
     """Numbers that are read where they are: see `gpu_bp.backends.base.Numbers`."""
 
     def __init__(self, count: int) -> None:
-        self.values: Sequence[float] = (math.nan,) * count
+        self.steps: Sequence[Sequence[float]] = ((math.nan,) * count,)
 
-    def set(self, values: Sequence[float]) -> None:
-        self.values = values
+    def set(self, *steps: Sequence[float]) -> None:
+        self.steps = steps
 
 
 class NumpyBackend:
@@ -52,6 +54,7 @@ class NumpyBackend:
     name = "numpy"
     resident_bytes = 2**28
     read_every = 1
+    steps_at_once = 1  # to be asked costs nothing here
 
     def __init__(self) -> None:
         self.device = str(or_unknown(host_libraries.processor))
@@ -296,6 +299,7 @@ class NumpyBackend:
         n_weights: int,
         factor: Array | None = None,
         flag: Array | None = None,
+        step: int = 0,
     ) -> None:
         assert isinstance(numbers, HostNumbers)
         arrays = (parameters, gradients, *state)
@@ -313,7 +317,7 @@ class NumpyBackend:
         names, twin, count = record.scalar_names, record.update.numpy, len(penalties)
 
         def run() -> None:
-            scale, *values = numbers.values
+            scale, *values = numbers.steps[step]
             own = dict(zip(names, values[count:], strict=True))
             if factor is not None:
                 scale *= float(factor[0])
@@ -367,6 +371,15 @@ class NumpyBackend:
 
     def finish_uploads(self) -> None:
         pass
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @staticmethod
     def _parts(n: int, width: int = 1) -> Iterator[slice]:

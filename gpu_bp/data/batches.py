@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,13 @@ from gpu_bp.data.sources import empty, on_device
 from gpu_bp.data.windows import Blocks, Windows
 from gpu_bp.spec import Array
 
+# Numbers of the rows of several steps, at most.
+TOGETHER = 2**20
+
 
 class Batches:
-    """The batches of a source, epoch after epoch: one a step, or several of at most `part_rows` rows each.
+    """The batches of a source, epoch after epoch: one a step, or several of at most `part_rows` rows each; or one for
+    `steps_at_once` steps, or fewer where these have many numbers.
 
     Rows that lie on the device, or are generated there in order, come straight from the source; others by windows
     (see `windows.py`), in blocks of `block_rows` and `window_blocks` of these a window. With sampling "replacement"
@@ -41,16 +45,22 @@ class Batches:
         dtype: Any = "float32",
         block_rows: int | None = None,
         window_blocks: int | None = None,
+        steps_at_once: int = 1,
     ) -> None:
         self._backend = backend
         self.size = min(batch_size, source.n_rows)
         self.part_size = min(part_rows or self.size, self.size)
         self.per_epoch = -(-source.n_rows // self.size)
         self._length = self.per_epoch * self.size if sampling == "replacement" else source.n_rows
-        self._arrays = empty(backend, source, self.part_size, dtype)
+        self._steps = 1
+        if self.part_size == self.size:
+            most = TOGETHER // (self.size * (source.n_inputs + source.n_targets))
+            self._steps = max(1, min(steps_at_once, most, self._length // self.size))
+        batch_rows = self.part_size * self._steps
+        self._arrays = empty(backend, source, batch_rows, dtype)
         self._parts_of_arrays: dict[int, Batch] = {}
         self._windows: Windows | None = None
-        self.asked_rows, self.staged = self.part_size, False
+        self.asked_rows, self.staged = batch_rows, False
         from_host = source.backend is not backend
         if source.block_rows > 1 and (sampling == "shuffled" or (sampling == "ordered" and from_host)):
             blocks = Blocks.of(source, sampling, seed, block_rows, window_blocks)
@@ -58,33 +68,48 @@ class Batches:
             self.asked_rows, self.staged = blocks.asked_rows, from_host
         else:
             self._source = on_device(backend, source)
-            self._order = Order(backend, sampling, seed, source.n_rows, self._length, self.part_size)
+            self._order = Order(backend, sampling, seed, source.n_rows, self._length, batch_rows)
 
-    def epoch(self, epoch: int, first: int = 0, *, follows: bool = True) -> Generator[Batch, None, None]:
+    def epoch(
+        self, epoch: int, first: int = 0, *, follows: bool = True, free: Callable[[], int] = lambda: 1
+    ) -> Generator[Batch, None, None]:
         """The batches of an epoch from step number `first` on; each is valid until the next is asked for.
 
-        Rows are read ahead beyond the epoch's end where the next one `follows`.
+        Rows are read ahead beyond the epoch's end where the next one `follows`. How many steps may be taken at once, is
+        asked of `free` before each batch.
         """
         if self._windows is not None:
-            yield from self._from_windows(self._windows, epoch, first, follows)
+            yield from self._from_windows(self._windows, epoch, first, follows, free)
             return
-        for start, place, n, last in self._parts(first):
+        for start, place, n, last in self._parts(first, free):
             rows = self._order.rows(epoch, start + place, n)
-            batch = replace(self._first(n), rows=rows, place=place, last=last)
+            batch = replace(self._first(n), rows=rows, place=place, last=last, steps=self._steps_of(n))
             self._source.fill(rows, batch)
             yield batch
 
-    def _parts(self, first: int) -> Iterator[tuple[int, int, int, bool]]:
+    def _parts(self, first: int, free: Callable[[], int]) -> Iterator[tuple[int, int, int, bool]]:
         """The parts of the steps from number `first` on: where the step starts in the epoch, the part's place in the
-        step, its rows, and whether it is the last."""
-        for start in range(first * self.size, self._length, self.size):
+        step, its rows, and whether it is the last. Or all of several steps."""
+        start, several = first * self.size, self._steps * self.size
+        while start < self._length:
+            if self._steps > 1 and self._length - start >= several and free() >= self._steps:
+                yield start, 0, several, True
+                start += several
+                continue
             step = min(self.size, self._length - start)
             for place in range(0, step, self.part_size):
                 n = min(self.part_size, step - place)
                 yield start, place, n, place + n == step
+            start += step
 
-    def _from_windows(self, windows: Windows, epoch: int, first: int, follows: bool) -> Iterator[Batch]:
-        parts = self._parts(first)
+    def _steps_of(self, n: int) -> int:
+        """Of how many steps so many rows are."""
+        return max(1, n // self.size)
+
+    def _from_windows(
+        self, windows: Windows, epoch: int, first: int, follows: bool, free: Callable[[], int]
+    ) -> Iterator[Batch]:
+        parts = self._parts(first, free)
         filled = 0  # rows of the part in progress, where it began in the window before
         for window, places in windows.from_place(epoch, first * self.size, follows):
             start, end = 0, window.n if places is None else len(places)
@@ -96,7 +121,7 @@ class Batches:
                 start, filled = start + n, filled + n
                 if filled == size:
                     windows.upload_what_is_read()
-                    yield replace(self._first(size), place=place, last=last)
+                    yield replace(self._first(size), place=place, last=last, steps=self._steps_of(size))
                     filled = 0
 
     def _first(self, n: int) -> Batch:

@@ -40,7 +40,7 @@ class Batch:
     numbers in the source; weights (n,), or None where each row weighs 1.
 
     A step may take its rows in several batches: `place` is the place of the first row among the step's rows, and the
-    batch is the `last` of its step or not.
+    batch is the `last` of its step or not. Or it has the rows of several `steps`, as many for each.
     """
 
     inputs: Array
@@ -49,6 +49,7 @@ class Batch:
     weights: Array | None = None
     place: int = 0
     last: bool = True
+    steps: int = 1
 
     @property
     def n(self) -> int:
@@ -59,6 +60,11 @@ class Batch:
         """A batch of what a source fills, and of row numbers."""
         inputs, targets, *weights = filled
         return cls(inputs, targets, rows, weights[0] if weights else None, place, last)
+
+    def of_steps(self) -> list[Batch]:
+        """The batches of its steps, one each: views."""
+        n = self.n // self.steps
+        return [self.part(step * n, (step + 1) * n) for step in range(self.steps)]
 
     @property
     def filled(self) -> tuple[Array, ...]:

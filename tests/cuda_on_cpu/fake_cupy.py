@@ -13,6 +13,7 @@ else it comes to use fails at once and is thought about.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -37,7 +38,9 @@ class FakeCupy:
         lazy: a call runs only when somebody waits for its stream.
         capability: the compute capability of the device, such as "90" for 9.0.
 
-    `bindings` stands for nvmath.bindings.cublas.
+    Attributes:
+        bindings: stands for nvmath.bindings.cublas.
+        ranges: the NVTX ranges that were opened and closed again, in the order of their ends, each "outer/inner".
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class FakeCupy:
         self._streams = [Stream(self, self.device.queue, 0)]  # the default one first
         self._current = [self._streams[0]]
         self.bindings = FakeCublas(self)
+        self.ranges: list[str] = []
+        self._open_ranges: list[str] = []
         self.cublas = SimpleNamespace(gemm=self._gemm)
         runtime = SimpleNamespace(
             getDeviceCount=lambda: 1,
@@ -71,7 +76,9 @@ class FakeCupy:
             get_current_stream=lambda: self._current[-1],
             MemoryPool=lambda: SimpleNamespace(malloc=None),
             using_allocator=lambda allocator: nullcontext(),
-            Event=lambda disable_timing=False: Event(self.device),
+            Event=lambda disable_timing=False: Event(self.device, timed=not disable_timing),
+            get_elapsed_time=elapsed_time,
+            nvtx=SimpleNamespace(RangePush=self._push_range, RangePop=self._pop_range),
             alloc_pinned_memory=self.device.pinned,
         )
 
@@ -147,6 +154,13 @@ class FakeCupy:
         self._current.pop()
         self.device.queue = self._current[-1].queue
 
+    def _push_range(self, name: str) -> None:
+        self._open_ranges.append(name)
+
+    def _pop_range(self) -> None:
+        self.ranges.append("/".join(self._open_ranges))
+        self._open_ranges.pop()
+
     def _synchronise(self) -> None:
         for stream in self._streams:
             self.device.wait(stream.queue)
@@ -200,19 +214,37 @@ class Stream:
 
 
 class Event:
-    """A place in the order of what a stream was given, to wait for. One that was not recorded is passed."""
+    """A place in the order of what a stream was given, to wait for. One that was not recorded is passed.
 
-    def __init__(self, device: Device) -> None:
+    `time`: when it was reached, if it is timed and was.
+    """
+
+    def __init__(self, device: Device, *, timed: bool) -> None:
         self._device = device
+        self._timed = timed
         self.queue, self.place = device.queue, 0
+        self.time: float | None = None
 
     def record(self, stream: Stream | None = None) -> None:
         self.queue = self._device.queue if stream is None else stream.queue
+        if self._timed:
+            self._device.uncapturable("timed events")  # a graph would hold them, and never give their times
+            self._device.give(self.queue, self._reach)
         self.place = self.queue.given
+
+    def _reach(self) -> None:
+        self.time = time.perf_counter()
 
     def synchronize(self) -> None:
         if self.queue.done < self.place:
             self._device.wait(self.queue, self.place)
+
+
+def elapsed_time(begin: Event, end: Event) -> float:
+    """Milliseconds between two timed events."""
+    if begin.time is None or end.time is None:
+        raise RuntimeError("an event that is not timed, was not recorded, or was not reached yet")
+    return 1000 * (end.time - begin.time)
 
 
 class Graph:

@@ -15,9 +15,10 @@ import gpu_bp.backends
 from cuda_on_cpu.backend import cupy_backend_module
 from cuda_on_cpu.fake_cupy import FakeCupy
 from cuda_on_cpu.test_backend_on_cpu import make_batch, make_step
-from gpu_bp import Network, Objective, Optimizer, Step, registry
+from gpu_bp import Network, Objective, Optimizer, Step, Trainer, parse_config, registry
 from gpu_bp.average import Average
 from gpu_bp.data.source import Batch
+from gpu_bp.errors import Diverged
 from gpu_bp.noise import Noise
 from gpu_bp.schedule import linear
 
@@ -126,6 +127,119 @@ def test_a_replay_allocates_nothing_and_waits_for_nobody(name: str) -> None:
     parts = len(OPTIONS[name].get("parts", (0, 8))) - 1
     assert counts == {"graphs": parts, "asynchronous copies": 1}
     assert cupy.bindings.calls == []
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "parts" not in OPTIONS[name]])
+def test_several_steps_at_once(name: str, lazy: bool) -> None:
+    """In a single graph: the same bits as one by one, which they are where the average has not begun, or elsewhere."""
+    states = []
+    for b, cupy in backends(lazy=lazy):
+        step, one = next(steps_with(b, **OPTIONS[name])), b.steps_at_once == 1
+        cupy.device.counts.clear()
+        for seed in range(6):
+            rng = np.random.default_rng(seed)
+            arrays = [rng.standard_normal((24, 4)), rng.integers(0, 2, 24), np.arange(24), rng.uniform(0, 2, 24)]
+            kept = [b.to_device(x.astype(np.float32) if x.dtype.kind == "f" else x) for x in arrays]
+            if seed == 0:
+                batch = Batch(*kept[:3], weights=kept[3] if name.startswith("weights") else None, steps=3)
+            elif seed < 5:
+                for old, new in zip(
+                    batch.arrays, [*kept[:2], *kept[3:][: len(batch.filled) - 2], kept[2]], strict=True
+                ):
+                    b.copy(new, old)
+            else:
+                batch = Batch(*kept[:3], weights=kept[3] if name.startswith("weights") else None, steps=3)
+            for each in batch.of_steps() if one else [batch]:
+                step(each)
+        assert step.optimizer.steps == 1 + 6 * 3
+        assert b.to_host(step._steps)[0] == step.optimizer.steps
+        if not one:
+            assert cupy.device.counts["graphs"] >= 4
+        states.append(state_of(step))
+    assert_same_bits(*states)
+
+
+def test_a_replay_of_several_steps_costs_one_copy() -> None:
+    cupy = FakeCupy()
+    b = cupy_backend_module(cupy).CupyBackend()
+    step = make_step(b, "squared_error", "adam", rate=linear(0.1, 0.01, 99))
+    batch = Batch(b.zeros((40, 3), "float64"), b.zeros((40, 2), "float64"), b.zeros((40,), np.int64), steps=5)
+    for _ in range(2):
+        step(batch)
+    cupy.device.counts.clear()
+    step(batch)
+    del cupy.device.counts["launches"]
+    assert cupy.device.counts == {"graphs": 1, "asynchronous copies": 1}
+
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "generated": {"data": {"residency": "host"}},
+    "in order": {"data": {"residency": "host"}, "train": {"sampling": "ordered"}},
+    "drawn": {"train": {"sampling": "replacement"}},
+    "windows": {"data": {"residency": "host", "block_rows": 50, "window_blocks": 4}},
+    "average and noise": {"train": {"average_decay": 0.9}, "regularisation": {"dropout": 0.3, "clip_norm": 0.1}},
+    "a schedule": {"schedule": {"kind": "cosine", "warmup_steps": 30}, "optimizer": {"kind": "adam"}},
+    "often": {"train": {"log_every": 7}},
+    "parts": {"train": {"part_rows": 3}},
+    "a plateau": {"schedule": {"kind": "plateau", "patience": 0, "factor": 0.5}, "train": {"log_every": 25}},
+}
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_trainings(name: str) -> None:
+    """Lines and parameters of three epochs of 62 steps and a shorter one, also where they pause and go on."""
+    results = []
+    for b, cupy in backends():
+        sections = {section: dict(keys) for section, keys in TRAININGS[name].items()}
+        tables = {
+            "name": "graphs",
+            "data": {"kind": "double-moon", "rows": 500, "validation_rows": 20} | sections.pop("data", {}),
+            "network": {"hidden": [4]},
+            "optimizer": {"kind": "momentum", "learning_rate": 0.05} | sections.pop("optimizer", {}),
+            "train": {"epochs": 3, "batch_size": 8} | sections.pop("train", {}),
+        }
+        trainer = Trainer(parse_config(tables | sections), b)
+        lines, runs, asked = [], [], 0
+
+        def stop() -> str:
+            nonlocal asked
+            asked += 1
+            return "pause" if asked == 3 else ""
+
+        while trainer.steps < trainer.total_steps:
+            before = trainer.steps
+            for line in trainer.run(stop, together=True):
+                runs.append(trainer.steps - before)
+                before = trainer.steps
+                if line:
+                    line.pop("seconds")
+                    lines.append(line)
+        assert max(runs) == (b.steps_at_once if name not in ("often", "parts") else 1)
+        assert sum(runs) == trainer.total_steps == trainer.step.optimizer.steps
+        average = trainer.average.network.parameters if trainer.average else trainer.model.network.parameters
+        results.append((lines, [b.to_host(x) for x in (trainer.model.network.parameters, average)]))
+        assert (cupy.device.counts["graphs"] > 0) == (len(results) == 1)
+    assert results[0][0] == results[1][0]
+    assert_same_bits(results[0][1], results[1][1])
+
+
+def test_a_divergence_within_a_replay() -> None:
+    """It is told as of its own step, whatever the number of steps that are taken at once."""
+    messages = []
+    for b, _ in backends():
+        tables = {
+            "name": "graphs",
+            "data": {"kind": "friedman1", "rows": 400},
+            "network": {"hidden": [4], "activation": "identity"},
+            "optimizer": {"kind": "sgd", "learning_rate": 0.15},
+            "train": {"epochs": 9, "batch_size": 4, "precision": "float32"},
+        }
+        trainer = Trainer(parse_config(tables), b)
+        with pytest.raises(Diverged) as caught:
+            list(trainer.run(together=True))
+        messages.append((str(caught.value), b.to_host(trainer.model.network.parameters).tobytes(), trainer.steps))
+    assert messages[0] == messages[1]
 
 
 def test_batches_from_ever_other_arrays() -> None:
