@@ -23,6 +23,11 @@ class Precision:
     products: str = ""
     capability: tuple[int, int] = (0, 0)
 
+    @property
+    def arithmetic(self) -> str:
+        """As `Backend.matmul` takes it."""
+        return "tf32" if self.products == "tf32" else ""
+
 
 PRECISIONS: dict[str, Precision] = {
     "float64": Precision("float64"),

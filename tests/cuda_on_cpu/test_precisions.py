@@ -16,7 +16,7 @@ from cuda_on_cpu.backend import cupy_backend_module, cupy_on_cpu
 from cuda_on_cpu.emulation import gradient, tf32
 from cuda_on_cpu.fake_cupy import FakeCupy
 from cuda_on_cpu.test_kernels_on_cpu import ACTIVATIONS
-from gpu_bp import Network, Objective, Step, Trainer, UserError, registry
+from gpu_bp import Network, Objective, Step, Trainer, UserError, bench, registry
 from gpu_bp.average import Average
 from gpu_bp.backends import NumpyBackend
 from gpu_bp.config_file import parse_config
@@ -425,3 +425,21 @@ def test_without_bindings_they_are_refused() -> None:
     backend = cupy_backend_module(FakeCupy()).CupyBackend(bindings=False)
     with pytest.raises(UserError, match=r"^train.precision = tf32: CuPy has no such products, and NVIDIA's bindings"):
         Network([2, 1], ["identity"], backend=backend, products="tf32")
+
+
+@low
+def test_the_peak_is_of_the_precision_s_products(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `gpu-bp bench` measures its steps against."""
+    cupy = FakeCupy()
+    backend, asked = cupy_backend_module(cupy).CupyBackend(), set()
+    monkeypatch.setattr(bench, "MATRICES", (8,))
+    monkeypatch.setattr(bench, "SUMMED", 2**12)
+    plain = backend.matmul
+
+    def noted(a: Any, b: Any, out: Any, **keywords: Any) -> None:
+        asked.add((str(a.dtype), str(out.dtype), keywords["arithmetic"]))
+        plain(a, b, out, **keywords)
+
+    monkeypatch.setattr(backend, "matmul", noted)
+    bench.measure_peak(backend, precision)
+    assert asked == {("float32", "float32", "tf32") if precision == "tf32" else (precision, precision, "")}
