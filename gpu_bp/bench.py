@@ -21,6 +21,7 @@ from gpu_bp.backends import Backend
 from gpu_bp.config import Config
 from gpu_bp.errors import UserError
 from gpu_bp.memory import size
+from gpu_bp.precision import PRECISIONS, stored
 from gpu_bp.timing import Spent, Timing
 from gpu_bp.trainer import Trainer
 
@@ -243,19 +244,21 @@ def plain_steps(trainer: Trainer, timing: Timing) -> Generator[None, None, None]
 # What the machine can do ---------------------------------------------------------------------------------------------
 
 
-def measure_peak(backend: Backend, dtype: str) -> Peak:
-    """The best of several tries, in arrays of that dtype: what there is room for."""
-    return Peak(*_products(backend, dtype), *_sums(backend, dtype))
+def measure_peak(backend: Backend, precision: str) -> Peak:
+    """The best of several tries, in arrays of that precision: what there is room for."""
+    chosen = PRECISIONS[precision]
+    products = _products(backend, stored(chosen.products, chosen.dtype), chosen.arithmetic)
+    return Peak(*products, *_sums(backend, chosen.dtype))
 
 
-def _products(backend: Backend, dtype: str) -> tuple[float, int]:
+def _products(backend: Backend, dtype: Any, arithmetic: str) -> tuple[float, int]:
     """Operations a second, and the rows of the largest matrices."""
     best, largest, item = 0.0, 0, np.dtype(dtype).itemsize
     for n in MATRICES:
         if largest and 3 * n * n * item > backend.free_bytes() / 2:
             break
         a, b, out = _arrays(backend, (n, n), dtype)
-        seconds = _best(backend, lambda: backend.matmul(a, b, out))  # noqa: B023, called here
+        seconds = _best(backend, lambda: backend.matmul(a, b, out, arithmetic=arithmetic))  # noqa: B023, called here
         best, largest = max(best, 2 * n**3 / seconds), n
         if seconds > LONG:
             break
@@ -274,7 +277,7 @@ def _sums(backend: Backend, dtype: str) -> tuple[float, int]:
     return 3 * n_bytes / seconds, n_bytes
 
 
-def _arrays(backend: Backend, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any, Any]:
+def _arrays(backend: Backend, shape: tuple[int, ...], dtype: Any) -> tuple[Any, Any, Any]:
     """Two arrays of numbers, for a GPU takes less power over zeros; and one for the result."""
     numbers = np.resize(np.random.default_rng(0).random(2**16, np.float32).astype(dtype), shape)
     return backend.to_device(numbers), backend.to_device(numbers), backend.zeros(shape, dtype)

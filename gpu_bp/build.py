@@ -18,25 +18,28 @@ from gpu_bp.errors import UserError
 from gpu_bp.initial import initialise
 from gpu_bp.network import Network
 from gpu_bp.objective import Objective
+from gpu_bp.precision import PRECISIONS
 
 
-def build_network(config: Config, dataset: Dataset, backend: Backend, dtype: str | None = None) -> Network:
+def build_network(config: Config, dataset: Dataset, backend: Backend, precision: str | None = None) -> Network:
     """The network of a config for its data, with its initial parameters.
 
     Raises:
-        UserError: the loss does not go with so many targets, or a file of weights does not fit.
+        UserError: the loss does not go with so many targets, a file of weights does not fit, or the backend has no
+            such precision.
     """
-    network = network_of_zeros(config, dataset, backend, dtype)
+    network = network_of_zeros(config, dataset, backend, precision)
     initialise(network, config.network.weights, config.seed)
     return network
 
 
-def network_of_zeros(config: Config, dataset: Dataset, backend: Backend, dtype: str | None = None) -> Network:
+def network_of_zeros(config: Config, dataset: Dataset, backend: Backend, precision: str | None = None) -> Network:
     """The same, all its parameters 0."""
     try:
         n_outputs = config.loss.record().n_outputs(dataset.n_targets)
     except ValueError as error:
         raise UserError(f"loss.kind: {error}") from None
+    chosen = PRECISIONS[precision or config.train.precision]
     network = Network(
         [dataset.n_inputs, *config.network.hidden, n_outputs],
         [*config.network.hidden_activations(), config.output_activation()],
@@ -44,7 +47,8 @@ def network_of_zeros(config: Config, dataset: Dataset, backend: Backend, dtype: 
         normalise=config.network.normalise,
         residual=config.network.residual,
         backend=backend,
-        dtype=dtype or config.train.precision,
+        dtype=chosen.dtype,
+        products=chosen.products,
     )
     if network.residual and not any(layer.shortcut for layer in network.layers):
         raise UserError(

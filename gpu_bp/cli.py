@@ -289,7 +289,7 @@ def check(
     parsed = load_config(config, overrides or [])
     dataset = load_data(parsed)
     backend, _ = select("numpy")
-    network = build_network(parsed, dataset, backend, dtype="float64")
+    network = build_network(parsed, dataset, backend, precision="float64")
     split = dataset.rows("train", 0, rows)
     loss, noise = parsed.loss.record(), parsed.noise()
     results = check_gradients(network, loss, split.inputs, split.targets, split.weights, noise=noise)

@@ -19,6 +19,7 @@ from gpu_bp import own, registry
 from gpu_bp.config_choice import Choice, listed, names_of, with_parameters_of
 from gpu_bp.config_types import Count, Positive, Rows, Section
 from gpu_bp.metrics import METRICS, Metric, find
+from gpu_bp.precision import PrecisionName
 from gpu_bp.spec import Update
 
 UpdateName = Annotated[str, Field(json_schema_extra=names_of(registry.UPDATES))]
@@ -87,7 +88,10 @@ class TrainSection(Section):
         description="rows that are computed at a time, at most; their gradients are summed; by default a whole step",
     )
     sampling: Literal["shuffled", "ordered", "replacement"] = Field("shuffled", description="which rows a step sees")
-    precision: Literal["float32", "float64"] = Field("float32", description="of all arithmetic")
+    precision: PrecisionName = Field(
+        "float32",
+        description="of all arithmetic; tf32, bfloat16 and float16: of the factors of products, the rest float32",
+    )
     average_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="of a moving average of the parameters, evaluated and saved beside them; by default none"
     )

@@ -42,6 +42,9 @@ class Counting:
         self._shapes: defaultdict[tuple[int, np.dtype[Any]], set[tuple[int, ...]]] = defaultdict(set)
         self._generated: Counter[Program] = Counter()  # rows at once, at most
 
+    def refuses(self, products: str) -> str | None:
+        return self._backend.refuses(products)
+
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Within it, what is made counts for this part."""
@@ -95,9 +98,10 @@ class Counting:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         def operation(*arguments: Any, **keywords: Any) -> None:
-            arrays = [x for x in arguments if isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.size]
-            for array in arrays[:1]:
-                self._shapes[self._worker, array.dtype].add(array.shape)
+            arrays = [x for x in arguments if isinstance(x, np.ndarray) and x.dtype.kind in "fV" and x.size]
+            for array in arrays[:1]:  # what is stored in fewer bits is worked on in float32
+                dtype = np.dtype(np.float32) if array.itemsize == 2 else array.dtype
+                self._shapes[self._worker, dtype].add(array.shape)
 
         return operation
 

@@ -20,6 +20,7 @@ from gpu_bp.spec import Array
 NAMED_ROWS = 5  # in a message
 SMALLER = "try a smaller optimizer.learning_rate, a regularisation.clip_norm, or smaller network.weights"
 FINITE = "the data must be finite numbers"
+SCALED = "scale the data, or use train.precision = bfloat16 or float32"
 AGAIN = "the same numbers should come again: mistrust the device, or a source that changes its rows"
 
 
@@ -117,6 +118,8 @@ def _looks(objective: Objective, batch: Batch) -> Iterator[_Look]:
         for k, n in enumerate(network.widths[1:])
     ]
     signals = [signal.rows(batch.n) for signal in objective.signals]
+    if signals[0].rounded_inputs is not None:
+        yield _Look(f"an input in {network.factors}", signals[0].rounded_inputs, advice=SCALED)
     for name, signal in zip(named, signals, strict=True):
         if signal.normalised is not None:
             yield _Look(f"the normalised product of {name}", signal.normalised)
@@ -132,6 +135,8 @@ def _looks(objective: Objective, batch: Batch) -> Iterator[_Look]:
         if signal.error is not None:
             yield _Look(f"the error signal of {named[k]}", signal.error)
         yield _Look(f"the local gradient of {named[k]}", signal.delta)
+        if signal.rounded_delta is not None:
+            yield _Look(f"the local gradient of {named[k]} in {network.factors}", signal.rounded_delta)
         for kind in ("biases", "gains", "weights"):
             if (name := f"layers.{k}.{kind}") in gradients:
                 yield _Look(f"the gradient of {name}", gradients[name], of_rows=False)

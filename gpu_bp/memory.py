@@ -27,6 +27,7 @@ from gpu_bp.errors import UserError
 from gpu_bp.evaluation import evaluators
 from gpu_bp.initial import host_bytes
 from gpu_bp.optimizer import Optimizer
+from gpu_bp.precision import PRECISIONS
 from gpu_bp.schedule import constant
 from gpu_bp.selection import Selection
 from gpu_bp.step import Step
@@ -109,7 +110,8 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
     device, host = counting.device, counting.host
     device[SCRATCH] = counting.scratch
     here = device if backend.name == "numpy" else host
-    here[CHECKPOINT] = sum(device[name] for name in ("parameters", "optimizer state", "average", "best parameters"))
+    written = sum(device[name] for name in ("optimizer state", "average", "best parameters"))
+    here[CHECKPOINT] = network.parameters.nbytes + written
     # where drawing the weights takes more than all that is made later: so much more
     first = host_bytes(network) + (device["parameters"] if here is device else 0)
     here[INITIAL] = max(0, first - sum(here.values()))
@@ -197,7 +199,7 @@ def _what_fits(config: Config, dataset: Dataset, backend: Backend, free: int) ->
         return [f"train.{key} = {n}{remark}" for key, (n, remark) in numbers.items() if n]
 
     found, host = fewer_rows(config.data.residency), 'data.residency = "host"'
-    if place(backend, dataset.sources, config.data.residency, train.precision)[0]:
+    if place(backend, dataset.sources, config.data.residency, PRECISIONS[train.precision].dtype)[0]:
         if fits("host"):
             found.append(host)
         elif not found:

@@ -23,6 +23,7 @@ from gpu_bp import registry
 from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.errors import UserError
 from gpu_bp.noise import Draw, Noise
+from gpu_bp.precision import stored
 from gpu_bp.spec import Activation, Array, Loss, RowActivation
 
 # Every named array begins at a multiple of this many elements: of 128 bytes or more, one memory transaction.
@@ -102,6 +103,10 @@ class Signals:
     a fused loss needs v.) The value is the output, but for layers with dropout or a shortcut. A layer with a shortcut
     has `error`, dE/dy, too, which its inputs get as well; a normalised one its `normalised` product of weights and
     inputs, and the `scale` (rows, 1) that normalised it.
+
+    Where the factors of products are stored in less than the network's dtype (`Network.factors`), so are the signals of
+    hidden layers; not net inputs and deltas of normalised ones, nor what the loss sees. Of a delta that is not there is
+    a `rounded_delta` for the products, and of the network's inputs the first layer has the `rounded_inputs`.
     """
 
     net_input: Array
@@ -111,6 +116,8 @@ class Signals:
     error: Array | None = None
     normalised: Array | None = None
     scale: Array | None = None
+    rounded_delta: Array | None = None
+    rounded_inputs: Array | None = None
 
     def rows(self, n: int) -> Signals:
         """The first n rows, as views; arrays that are one stay one."""
@@ -129,10 +136,16 @@ class Network:
         residual: whether a hidden layer that is as wide as its inputs adds them to its outputs (He et al., 2016).
         backend: where it lives; NumPy by default.
         dtype: "float32" or "float64".
+        products: what the factors of its matrix products are rounded to, "tf32", "bfloat16" or "float16"; by default
+            not at all.
+
+    Raises:
+        UserError: no network can be so, or the backend has no such products.
 
     Attributes:
         parameters: the flat buffer. layout: where each named array stands in it.
         layers: the layers, as views of it.
+        factors: the dtype in which the factors of products are stored.
     """
 
     def __init__(
@@ -145,6 +158,7 @@ class Network:
         residual: bool = False,
         backend: Backend | None = None,
         dtype: str = "float32",
+        products: str = "",
     ) -> None:
         if len(widths) < 2 or any(width < 1 for width in widths):
             raise UserError(f"a network needs two widths or more, each at least 1, not {list(widths)}")
@@ -161,13 +175,25 @@ class Network:
         self.normalise = normalise
         self.residual = residual
         self.backend: Backend = backend or NumpyBackend()
+        if products and (reason := self.backend.refuses(products)):
+            raise UserError(f"train.precision = {products}: {reason}")
         self.dtype = np.dtype(dtype)
+        self.products = products
+        self.factors = stored(products, self.dtype)
+        self._arithmetic = "tf32" if products == "tf32" else ""
         self.layout = layout_of(widths, biases=biases, normalise=normalise)
         if self.layout.size > 2**48:
             raise MemoryError(f"a network of {self.layout.size:.1e} parameters")
         self.parameters = self.backend.zeros((self.layout.size,), self.dtype)
         self._activations = records
         self.layers = self.views(self.parameters)
+        # the parameters as products take them: made anew by each `forward`, so that they never are of other parameters
+        self._rounded = self.backend.zeros((self.layout.size,), self.factors) if self._rounds else None
+        self._rounded_layers = self.views(self._rounded) if self._rounds else []
+
+    @property
+    def _rounds(self) -> bool:
+        return self.factors != self.dtype
 
     def load(self, tensors: Mapping[str, np.ndarray], buffer: Array | None = None) -> None:
         """Sets the parameters from named host arrays, `layers.K.weights` (n_out, n_in), `layers.K.biases` and `gains`.
@@ -211,28 +237,42 @@ class Network:
             last = layer is self.layers[-1]
             shape = (rows, len(layer.weights))
             phi = layer.activation
-            in_place = isinstance(phi, Activation) and phi.derivative_from == "output"
+            normalised = layer.gains is not None
+            whole = self._rounds and (last or normalised)  # net input and delta are not rounded
+            before, after = (self.dtype if whole else self.factors), (self.dtype if last else self.factors)
+            in_place = isinstance(phi, Activation) and phi.derivative_from == "output" and before == after
             if keep_net_inputs or (loss and loss.starts_from_net_input and last):
                 in_place = False
-            net_input = self._zeros(shape)
-            value = net_input if in_place else self._zeros(shape)
+            net_input = self._zeros(shape, before)
+            value = net_input if in_place else self._zeros(shape, after)
             drops = noise is not None and noise.rate(k) > 0
-            normalised = layer.gains is not None
             made.append(
                 Signals(
                     net_input,
                     value,
-                    output=self._zeros(shape) if drops or layer.shortcut else value,
-                    delta=self._zeros(shape) if backward or (loss is not None and last) else None,
-                    error=self._zeros(shape) if backward and layer.shortcut else None,
+                    output=self._zeros(shape, after) if drops or layer.shortcut else value,
+                    delta=self._zeros(shape, before) if backward or (loss is not None and last) else None,
+                    error=self._zeros(shape, after) if backward and layer.shortcut else None,
                     normalised=self._zeros(shape) if normalised else None,
                     scale=self._zeros((rows, 1)) if normalised else None,
+                    rounded_delta=self._zeros(shape, self.factors) if backward and whole else None,
+                    rounded_inputs=self._zeros((rows, self.widths[0]), self.factors)
+                    if self._rounds and not k
+                    else None,
                 )
             )
         return made
 
-    def _zeros(self, shape: tuple[int, ...]) -> Any:
-        return self.backend.zeros(shape, self.dtype)
+    def _zeros(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
+        return self.backend.zeros(shape, dtype or self.dtype)
+
+    def _product(self, a: Array, b: Array, out: Array, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
+        """out = a @ b, either factor transposed as asked, in the network's arithmetic."""
+        self.backend.matmul(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b, arithmetic=self._arithmetic)
+
+    def _weights(self, k: int) -> Array:
+        """A layer's weights as products take them."""
+        return (self._rounded_layers or self.layers)[k].weights
 
     def forward(
         self, inputs: Array, signals: Sequence[Signals], loss: Loss | None = None, draw: Draw | None = None
@@ -244,12 +284,16 @@ class Network:
         """
         backend = self.backend
         y = inputs
+        if self._rounds:
+            y = signals[0].rounded_inputs
+            backend.copy(inputs, y)
+            backend.copy(self.parameters, self._rounded)
         for k, (layer, signal) in enumerate(zip(self.layers, signals, strict=True)):
             v, biases = signal.net_input, layer.biases
             if layer.gains is None:
-                backend.matmul(y, layer.weights, v, transpose_b=True)  # V = Y_prev W.T, b to come
+                self._product(y, self._weights(k), v, transpose_b=True)  # V = Y_prev W.T, b to come
             else:
-                backend.matmul(y, layer.weights, signal.normalised, transpose_b=True)
+                self._product(y, self._weights(k), signal.normalised, transpose_b=True)
                 backend.normalise(signal.normalised, layer.gains, biases, signal.scale, v)  # V = gains * X + b
                 biases = None
             if loss and loss.starts_from_net_input and layer is self.layers[-1]:
@@ -282,13 +326,16 @@ class Network:
             if layer.gains is not None:
                 backend.column_dots(delta, signal.normalised, gradient.gains)  # dE/dgains
                 backend.normalise_delta(delta, signal.normalised, signal.scale, layer.gains)
-            y_prev = signals[k - 1].output if k else inputs
-            backend.matmul(delta, y_prev, gradient.weights, transpose_a=True)  # dE/dW = Delta.T Y_prev
+            if signal.rounded_delta is not None:
+                backend.copy(delta, signal.rounded_delta)
+                delta = signal.rounded_delta
+            y_prev = signals[k - 1].output if k else signal.rounded_inputs if self._rounds else inputs
+            self._product(delta, y_prev, gradient.weights, transpose_a=True)  # dE/dW = Delta.T Y_prev
             if k:
                 below, phi = signals[k - 1], self.layers[k - 1].activation
                 assert isinstance(phi, Activation)
                 error = below.delta if below.error is None else below.error
-                backend.matmul(delta, layer.weights, error)  # E = Delta W, dE/dY of the layer below
+                self._product(delta, self._weights(k), error)  # E = Delta W, dE/dY of the layer below
                 if layer.shortcut:
                     backend.add(error, signal.error, error)  # whose outputs went past this layer too
                 if draw is not None and draw.noise.rate(k - 1):

@@ -33,6 +33,7 @@ class Objective:
         rows: how many rows without weights those batches had. weight: (1,) float64, what the others weighed.
         weighed: whether these rows weighed anything when `mean_loss` was last read: else the mean is NaN.
         last_weights: (rows,) what the rows of the last batch weighed, None where each weighed 1.
+        loss_scale: (1,) on the device, by which the output layer's delta, and so the gradient, is multiplied; or None.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Objective:
         self.weighed = True
         self.rows = 0
         self.last_weights: Array | None = None
+        self.loss_scale: Array | None = None
 
     # Arrays of a batch are made when they are first needed: a step has smaller ones of its own where that is faster.
 
@@ -106,7 +108,9 @@ class Objective:
 
     def like(self, batch_size: int) -> Objective:
         """The same objective for smaller batches, with sums and gradients of its own."""
-        return Objective(self.network, self.loss, batch_size, noise=self.noise, class_weights=self._table)
+        other = Objective(self.network, self.loss, batch_size, noise=self.noise, class_weights=self._table)
+        other.loss_scale = self.loss_scale
+        return other
 
     def in_parts(self, batch_size: int) -> Objective:
         """The same objective for smaller batches, whose sums and gradients are this one's."""
@@ -154,6 +158,8 @@ class Objective:
             backend.weigh(weights, losses, last.delta)
             backend.accumulate(weights, self.weight)
         backend.accumulate(losses, self.total)
+        if self.loss_scale is not None:
+            backend.multiply(last.delta, self.loss_scale)
         return last.output
 
     def backward_at(self, batch: Batch, steps: Array, *, add: bool) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from gpu_bp.average import Average
 from gpu_bp.backends.base import Action
 from gpu_bp.data.source import Batch
+from gpu_bp.loss_scaling import LossScaling
 from gpu_bp.network import ALIGNMENT
 from gpu_bp.objective import Objective
 from gpu_bp.optimizer import Optimizer
@@ -40,17 +41,18 @@ class Step:
 
     A step whose gradient is not finite, or after which the objective's total loss is not, changes neither parameters
     nor the optimizer's state nor the average, and no later step does: what was before it is there to be looked at.
-    The host does not wait for the device to know; it asks now and then whether the training has `diverged`.
+    The host does not wait for the device to know; it asks now and then whether the training has `diverged`. In float16
+    a gradient that is not finite is no divergence, but an affair of the loss's scale: that step alone is left out.
 
     Args:
         clip_norm: the mean gradient is shrunk to this length where it is longer (Pascanu et al., 2013); 0: never.
         max_norm: likewise the weights of each hidden unit after the update; 0: never.
         average: a moving average of the parameters that each step brings up to date.
-        watch: False leaves out the look at what is finite.
+        watch: False leaves out the look at what is finite; not in float16.
 
     Attributes:
         flag: (1,) int64 on the device, -1 until a step goes wrong, then its number, the first step being 1; None
-            without `watch`.
+            without `watch`. scaling: of the loss, in float16; else None.
     """
 
     def __init__(
@@ -72,7 +74,10 @@ class Step:
         self._max_norm = max_norm
         self._squares = backend.zeros((1,), np.float64)
         self._factor = backend.zeros((1,), network.dtype)
-        self.flag: Array | None = backend.to_device(np.full(1, -1)) if watch else None
+        self.scaling = LossScaling(backend) if network.products == "float16" else None
+        if self.scaling is not None:
+            objective.loss_scale = self.scaling.scale
+        self.flag: Array | None = backend.to_device(np.full(1, -1)) if watch or self.scaling else None
         self._steps = backend.zeros((1,), np.int64)  # taken so far, on the device
         self._counted = 0  # what it is
         self._part_rows, workers = backend.division(network.widths, objective.batch_size)
@@ -240,18 +245,24 @@ class Step:
         network, gradients, average = objective.network, objective.gradients, self.average
         first, *others = self._shares[:used]
         weighted = objective.weighs(batch)
-        scaled = weighted or self._clip_norm > 0
+        scaling = self.scaling
+        skip = flag if scaling is None else scaling.skip  # whether the parameters stay as they are
+        scaled = weighted or self._clip_norm > 0 or scaling is not None
         factor = self._factor if scaled else None
 
         def sum_totals() -> None:
             for share in others:
                 first.add_totals(share, weighted)
 
+        def begin() -> None:
+            if scaling is not None:
+                scaling.begin(objective.total, self._steps, flag)
+
         def sum_gradients(part: slice) -> None:
             for share in others:
                 backend.add(gradients[part], share.objective.gradients[part], gradients[part])
-            if flag is not None:
-                backend.watch(gradients[part], objective.total, self._steps, flag)
+            if skip is not None:
+                backend.watch(gradients[part], objective.total, self._steps, skip)
 
         def clip() -> None:
             squares = None
@@ -260,25 +271,30 @@ class Step:
                 backend.fill(squares, 0)
                 backend.accumulate(gradients, squares, squares=True)
             weight = first.weight if weighted else None
-            backend.step_factor(1.0 if weighted else 1 / self._rows, weight, squares, self._clip_norm, self._factor)
+            scale = 1.0 if weighted else 1 / self._rows
+            by = None if scaling is None else scaling.scale
+            backend.step_factor(scale, weight, squares, self._clip_norm, self._factor, by)
 
         def change(part: slice) -> None:
-            optimizer.update(gradients, factor, flag, part, step)
+            optimizer.update(gradients, factor, skip, part, step)
             if average is not None and not self._max_norm:
                 average.add(network.parameters, flag, part)
 
         def end() -> None:
             if self._max_norm:
                 for layer in network.layers[:-1]:
-                    backend.limit_norms(layer.weights, self._max_norm, flag)
+                    backend.limit_norms(layer.weights, self._max_norm, skip)
                 if average is not None:
                     average.add(network.parameters, flag)
+            if scaling is not None:
+                scaling.end(self._steps, flag)
             backend.advance(self._steps)
 
         size = -(-len(gradients) // (workers * ALIGNMENT)) * ALIGNMENT
         parts = [slice(start, start + size) for start in range(0, len(gradients), size)]
         return [
             *([[sum_totals]] if others else []),
+            *([[begin]] if scaling is not None else []),
             [partial(sum_gradients, part) for part in parts],
             *([[clip]] if scaled else []),
             [partial(change, part) for part in parts],

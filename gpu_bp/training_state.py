@@ -56,6 +56,13 @@ class SelectionState(Record):
     rises: bool
 
 
+class ScalingState(Record):
+    """As `LossScaling.state` gives it."""
+
+    scale: float = Field(gt=0, allow_inf_nan=False)
+    good: Number
+
+
 class TrainingState(Record):
     """The numbers of a training's state.
 
@@ -75,6 +82,7 @@ class TrainingState(Record):
     loss: LossState
     schedule: PlateauState | None
     selection: SelectionState | None
+    scaling: ScalingState | None = None  # of the loss, in float16
 
 
 def take(trainer: Trainer) -> tuple[TrainingState, Tensors]:
@@ -93,6 +101,7 @@ def take(trainer: Trainer) -> tuple[TrainingState, Tensors]:
         loss=LossState(**trainer.step.objective.state()),
         schedule=PlateauState(**numbers) if (numbers := optimizer.schedule.state()) else None,
         selection=SelectionState(**selection.state()) if selection else None,
+        scaling=ScalingState(**scaling.state()) if (scaling := trainer.step.scaling) else None,
     )
     network = trainer.model.network
     tensors = {
@@ -131,6 +140,8 @@ def restore(trainer: Trainer, state: TrainingState, tensors: Mapping[str, np.nda
         optimizer.schedule.restore(state.schedule.model_dump())
     if selection and state.selection and state.selection.metric == selection.best["metric"]:
         selection.restore_state(state.selection.model_dump())
+    if trainer.step.scaling and state.scaling:
+        trainer.step.scaling.restore(state.scaling.model_dump())
     if average:
         average.begun = state.step > 0
 

@@ -120,7 +120,7 @@ def test_paths_become_absolute(in_tmp: Path) -> None:
         ("data.kind=xr", "data.kind: unknown 'xr'; did you mean xor? known: double-moon, xor, "),
         ("network.weights=glorott", "network.weights.kind: unknown 'glorott'; did you mean glorot? known: uniform, "),
         ("train.sampling=shufled", "train.sampling: unknown 'shufled'; did you mean shuffled? known: "),
-        ("train.precision=float16", "train.precision: unknown 'float16'; did you mean float"),
+        ("train.precision=float8", "train.precision: unknown 'float8'; did you mean float"),
         ("network.activation=tan", "unknown activation 'tan'; did you mean tanh? known: "),
         ("loss.kind=square_error", "loss: unknown loss 'square_error'; did you mean squared_error? known: "),
         ("optimizer.kind=adamm", "optimizer: unknown optimizer 'adamm'; did you mean adam"),

@@ -221,11 +221,12 @@ def test_the_peak(hidden: list[int], rows: int, kind: str) -> None:
 
 
 DEVICE = ["everything", "generated, shuffled", "generated, in order", "classes that weigh"]
+LOW = [("everything", precision) for precision in ("tf32", "bfloat16", "float16")] + [("without biases", "bfloat16")]
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("name", [*DEVICE, "rows of the host"])
-def test_on_a_device(name: str) -> None:
+@pytest.mark.parametrize(("name", "precision"), [*((name, "float32") for name in (*DEVICE, "rows of the host")), *LOW])
+def test_on_a_device(name: str, precision: str) -> None:
     """All that the backend has on the device is at most 3 % less; and the host's memory that it copies from."""
     from cuda_on_cpu.backend import cupy_backend_module
     from cuda_on_cpu.fake_cupy import FakeCupy
@@ -237,7 +238,8 @@ def test_on_a_device(name: str) -> None:
         parsed = make(data=data, loss={"kind": "cross_entropy"})
         dataset = own_data({"train": Weighed(5000, 100)}, parsed.loss.record(), backend)
     else:
-        parsed = make(**OPTIONS[name])
+        options = OPTIONS[name]
+        parsed = make(**{**options, "train": {**options.get("train", {}), "precision": precision}})
         dataset = load_data(parsed, backend=backend)
     device = cupy.device
     free = backend.free_bytes()  # without the workspace of the products, which is there now

@@ -1,7 +1,9 @@
 """What a backend does: hold arrays on a device, multiply matrices, and run the formulas of the records.
 
-Arrays are C-contiguous and of one floating dtype, float32 or float64; rows are samples. Everything is
-written into arrays that the caller owns. Shapes and dtypes are the caller's promise: `step.py` checks them.
+Arrays are C-contiguous and of one floating dtype, float32 or float64; rows are samples. Beside float32, factors of
+products and signals of hidden layers may be of a smaller one (`gpu_bp.precision`): what takes these computes in float32
+and rounds what it writes. Everything is written into arrays that the caller owns. Shapes and dtypes are the caller's
+promise: `step.py` checks them.
 """
 
 from __future__ import annotations
@@ -56,6 +58,9 @@ class Backend(Protocol):
         Plain values, in a fixed order; "unknown" where one cannot be found out.
         """
 
+    def refuses(self, products: str) -> str | None:
+        """Why it has no such matrix products (see `gpu_bp.precision`), and what to use; None where it has them."""
+
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new array of zeros on the device."""
 
@@ -86,7 +91,7 @@ class Backend(Protocol):
         """So many numbers a step, for arithmetic in that dtype."""
 
     def copy(self, array: Array, out: Array) -> None:
-        """out = array."""
+        """out = array, of one shape; rounded where out's dtype has fewer bits."""
 
     def fill(self, array: Array, value: float) -> None:
         """All elements of the array become that value."""
@@ -97,8 +102,21 @@ class Backend(Protocol):
     def gather(self, table: Array, rows: Array, out: Array) -> None:
         """out = table[rows]; rows are int64 row numbers on the device."""
 
-    def matmul(self, a: Array, b: Array, out: Array, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
-        """out = a @ b, either factor transposed as asked, without a transposed copy."""
+    def matmul(
+        self,
+        a: Array,
+        b: Array,
+        out: Array,
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        arithmetic: str = "",
+    ) -> None:
+        """out = a @ b, either factor transposed as asked, without a transposed copy.
+
+        By default in the dtype of `out`; factors of float16 or bfloat16 are summed in float32. "tf32": float32 factors
+        are rounded to TF32 first.
+        """
 
     def activate(
         self, activation: Activation | RowActivation, net_input: Array, biases: Array | None, output: Array
@@ -175,12 +193,41 @@ class Backend(Protocol):
     def input_noise(self, seed: int, step: Array, start: int, sd: float, x: Array, out: Array) -> None:
         """out = x + sd * standard normals, those of the stream from element `start` of the step on."""
 
-    def step_factor(self, scale: float, weight: Array | None, squares: Array | None, most: float, out: Array) -> None:
+    def step_factor(
+        self,
+        scale: float,
+        weight: Array | None,
+        squares: Array | None,
+        most: float,
+        out: Array,
+        loss_scale: Array | None = None,
+    ) -> None:
         """out (1,) = what the summed gradient, times scale, is to be multiplied with for the mean gradient.
 
         Divided by the total `weight` (1,) where there is one (0 for a weight of 0); and where there are `squares`
         (1,), the sum of the squared gradients, shrunk so that the mean gradient is at most about `most` long, by the
-        rule of PyTorch: most / (length + 1e-6). Both are float64, on the device.
+        rule of PyTorch: most / (length + 1e-6). Both are float64, on the device. Divided by the `loss_scale` (1,), by
+        which the gradient was multiplied.
+        """
+
+    def multiply(self, x: Array, factor: Array) -> None:
+        """x *= factor, (1,) on the device."""
+
+    def adjust_scale(
+        self,
+        scale: Array,
+        good: Array,
+        skip: Array,
+        steps: Array,
+        flag: Array,
+        every: int,
+        least: float,
+        most: float,
+    ) -> None:
+        """The loss scale (1,) after a step: halved where `skip` is set, doubled after `every` steps that were `good`.
+
+        No more than `most`. Where it would become less than `least`, flag = steps + 1 instead. `good` counts; it,
+        `skip`, `steps` and `flag` are (1,) int64, as for `watch`.
         """
 
     # Whether a training still goes: a `flag` (1,) int64 on the device is negative as long as it does, then it is the

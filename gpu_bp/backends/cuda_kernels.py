@@ -226,13 +226,13 @@ def class_weights(indexed: bool, weighted: bool) -> Kernel:
 
 
 @functools.cache
-def step_factor() -> Kernel:
+def step_factor(with_loss_scale: bool = False) -> Kernel:
     """What gives the mean gradient, clipped where its length is more than `most`."""
     return Kernel(
-        "float64 scale, float64 weight, float64 squares, float64 most",
+        f"float64 scale, float64 weight, float64 squares, float64 most{', T loss_scale' if with_loss_scale else ''}",
         "T factor",
-        """
-        const double mean = weight > 0 ? 1 / weight : 0;
+        f"""
+        const double mean = (weight > 0 ? 1 / weight : 0){" / loss_scale" if with_loss_scale else ""};
         const double clip = most / (sqrt(squares) * scale * mean + 1e-6);
         factor = T(mean * (clip < 1 ? clip : 1));
         """,

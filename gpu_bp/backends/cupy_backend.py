@@ -16,17 +16,19 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from gpu_bp.backends import cuda_kernels as kernels
-from gpu_bp.backends import cuda_rows
+from gpu_bp.backends import cuda_low, cuda_rows
 from gpu_bp.backends.base import Action, Division, Numbers, or_unknown
 from gpu_bp.backends.cublas import WORKSPACE, Gemm, bindings, version
 from gpu_bp.backends.cuda_graph import Captures, Recording
 from gpu_bp.backends.cuda_rows import CUDA_NAMES
 from gpu_bp.formula import Program
+from gpu_bp.precision import PRECISIONS, dotted
 from gpu_bp.registry import Permutations, Purpose
 from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, GroupedLoss, Loss, Penalty, RowActivation, Update
 
@@ -78,6 +80,13 @@ def cublas() -> Any:
 def compiled(kernel: kernels.Kernel) -> Any:
     """The kernel, which CuPy compiles for each combination of dtypes when it is first called with them."""
     return cupy.ElementwiseKernel(*kernel[:4], preamble=kernel.preamble, options=kernel.options)
+
+
+def launch(kernel: kernels.Kernel, *arguments: Any, **keywords: Any) -> None:
+    """Calls a kernel; arrays of fewer bits than float32 are stored so, and computed with in float32."""
+    named = zip(cuda_low.names(kernel), arguments, strict=True)
+    small = frozenset(name for name, x in named if hasattr(x, "dtype") and x.dtype.itemsize == 2)
+    compiled(cuda_low.stored(kernel, small) if small else kernel)(*arguments, **keywords)
 
 
 @functools.cache
@@ -222,6 +231,20 @@ class CupyBackend:
             "compute capability": or_unknown(lambda: self._device.compute_capability),
         }
 
+    def refuses(self, products: str) -> str | None:
+        needed = PRECISIONS[products].capability
+        number = int(self._device.compute_capability)  # such as "90", "120"
+        if divmod(number, 10) < needed:
+            return (
+                f"{self.device} has compute capability {dotted(divmod(number, 10))}, and {products} needs "
+                f"{dotted(needed)} or newer; use float32"
+            )
+        if self._gemm is None:
+            return f"CuPy has no such products, and NVIDIA's bindings are not used: {self._no_bindings}"
+        if products == "bfloat16" and (find_spec("ml_dtypes") is None or np.lib.NumpyVersion(np.__version__) < "2.1.2"):
+            return "its arrays need ml_dtypes and NumPy 2.1.2 or newer: pip install -U ml_dtypes numpy"
+        return None
+
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return cupy.zeros(shape, dtype)
 
@@ -254,7 +277,7 @@ class CupyBackend:
         return Scalars(count, np.dtype(dtype), self.steps_at_once)
 
     def copy(self, array: Array, out: Array) -> None:
-        compiled(kernels.copy())(array, out)
+        launch(kernels.copy(), array, out)
 
     def fill(self, array: Array, value: float) -> None:
         array.fill(value)
@@ -265,9 +288,18 @@ class CupyBackend:
     def gather(self, table: Array, rows: Array, out: Array) -> None:
         cupy.take(table, rows, axis=0, out=out)
 
-    def matmul(self, a: Array, b: Array, out: Array, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
+    def matmul(
+        self,
+        a: Array,
+        b: Array,
+        out: Array,
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        arithmetic: str = "",
+    ) -> None:
         if self._gemm is not None:
-            self._gemm(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b)
+            self._gemm(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b, arithmetic=arithmetic)
             return
         # gemm rather than cupy.matmul, which allocates for products of 1 x 1
         cublas().gemm("T" if transpose_a else "N", "T" if transpose_b else "N", a, b, out=out)
@@ -280,16 +312,16 @@ class CupyBackend:
                 net_input += biases
             self._rows(activation, activation.value.cuda, net_input, None, output, output, output)
             return
-        kernel = compiled(
-            kernels.activation(activation.name, activation.value.cuda, tuple(activation.values), biases is not None)
+        kernel = kernels.activation(
+            activation.name, activation.value.cuda, tuple(activation.values), biases is not None
         )
         inputs = (net_input,) if biases is None else (net_input, biases)
-        kernel(*inputs, *activation.values.values(), net_input, output)
+        launch(kernel, *inputs, *activation.values.values(), net_input, output)
 
     def hidden_delta(self, activation: Activation, error: Array, net_input: Array, output: Array, delta: Array) -> None:
         x, array = ("y", output) if activation.derivative_from == "output" else ("v", net_input)
-        kernel = compiled(kernels.hidden_delta(activation.name, activation.delta.cuda, x, tuple(activation.values)))
-        kernel(error, array, *activation.values.values(), delta)
+        kernel = kernels.hidden_delta(activation.name, activation.delta.cuda, x, tuple(activation.values))
+        launch(kernel, error, array, *activation.values.values(), delta)
 
     def output_delta(
         self,
@@ -341,7 +373,7 @@ class CupyBackend:
         compiled(kernels.add_to_total())(partial, chunks, total)
 
     def add(self, a: Array, b: Array, out: Array) -> None:
-        compiled(kernels.add())(a, b, out)
+        launch(kernels.add(), a, b, out)
 
     def normalise(self, product: Array, gains: Array, biases: Array | None, scale: Array, net_input: Array) -> None:
         source = cuda_rows.normalise_source(CUDA_NAMES[product.dtype], biases is not None)
@@ -372,10 +404,35 @@ class CupyBackend:
     def input_noise(self, seed: int, step: Array, start: int, sd: float, x: Array, out: Array) -> None:
         self._fill(kernels.input_noise(), seed, Purpose.INPUT_NOISE, start, out, x, sd, step=step)
 
-    def step_factor(self, scale: float, weight: Array | None, squares: Array | None, most: float, out: Array) -> None:
+    def step_factor(
+        self,
+        scale: float,
+        weight: Array | None,
+        squares: Array | None,
+        most: float,
+        out: Array,
+        loss_scale: Array | None = None,
+    ) -> None:
         total = 1.0 if weight is None else weight
         length, limit = (0.0, math.inf) if squares is None else (squares, most)
-        compiled(kernels.step_factor())(scale, total, length, limit, out)
+        kernel = compiled(kernels.step_factor(loss_scale is not None))
+        kernel(scale, total, length, limit, *_arguments(loss_scale), out)
+
+    def multiply(self, x: Array, factor: Array) -> None:
+        compiled(cuda_low.multiply())(factor, x)
+
+    def adjust_scale(
+        self,
+        scale: Array,
+        good: Array,
+        skip: Array,
+        steps: Array,
+        flag: Array,
+        every: int,
+        least: float,
+        most: float,
+    ) -> None:
+        compiled(cuda_low.adjust_scale())(skip, steps, every, least, most, scale, good, flag)
 
     def watch(self, gradients: Array, total: Array, steps: Array, flag: Array) -> None:
         compiled(kernels.watch())(gradients, total, steps, flag)
@@ -436,7 +493,7 @@ class CupyBackend:
         blocks = -(-(lane + out.size) // 4)
         last = c3 if step is None else step  # an element of step 0 has c3 = 0, and its like of step n has n
         counter = (c0, c1, c2, last, np.uint64(seed), np.uint64(purpose), lane, out.size)
-        compiled(kernel)(*counter, *arguments, out, size=blocks)
+        launch(kernel, *counter, *arguments, out, size=blocks)
 
     def generate(self, program: Program, seed: int, first: int, rows: Array, outputs: Sequence[Array]) -> None:
         if program not in self._generators:
@@ -530,9 +587,10 @@ class CupyBackend:
     def _chunk_sums(self, x: Array, rows: int, columns: int, *y: Array, of: str = "x[k]") -> tuple[Array, int]:
         """The sums of the chunks of each column, and how many chunks."""
         chunks = _chunks(rows)
-        key = (chunks * columns, x.dtype)
+        dtype = np.float32 if x.dtype.itemsize == 2 else x.dtype  # what is stored in fewer bits is summed in float32
+        key = (chunks * columns, np.dtype(dtype))
         if key not in self._partial:
-            self._partial[key] = cupy.empty(chunks * columns, x.dtype)
+            self._partial[key] = cupy.empty(*key)
         partial = self._partial[key]
-        compiled(kernels.chunk_sums(of))(x, *y, rows, columns, chunks, partial)
+        launch(kernels.chunk_sums(of), x, *y, rows, columns, chunks, partial)
         return partial, chunks

@@ -38,11 +38,31 @@ def input_noise(seed: int, step: Array, start: int, sd: float, x: Array, out: Ar
     np.add(x, sd * noise, out=out, casting="unsafe")
 
 
-def step_factor(scale: float, weight: Array | None, squares: Array | None, most: float, out: Array) -> None:
+def step_factor(
+    scale: float, weight: Array | None, squares: Array | None, most: float, out: Array, loss_scale: Array | None
+) -> None:
     total = 1.0 if weight is None else float(weight[0])
     mean = 1 / total if total > 0 else 0.0
+    if loss_scale is not None:
+        mean /= float(loss_scale[0])
     clip = 1.0 if squares is None else most / (math.sqrt(float(squares[0])) * scale * mean + 1e-6)
     out[0] = mean * min(clip, 1.0)
+
+
+def adjust_scale(
+    scale: Array, good: Array, skip: Array, steps: Array, flag: Array, every: int, least: float, most: float
+) -> None:
+    if is_set(flag):
+        return
+    skipped = is_set(skip)
+    run = 0 if skipped else int(good[0]) + 1
+    if skipped and scale[0] > least:
+        scale *= 0.5
+    elif skipped:
+        flag[0] = steps[0] + 1
+    elif run == every and scale[0] < most:
+        scale *= 2
+    good[0] = run % every
 
 
 def watch(parts: Sequence[tuple[Array, Array]], total: Array, steps: Array, flag: Array) -> None:

@@ -25,6 +25,7 @@ from gpu_bp.backends import host_libraries, host_threads
 from gpu_bp.backends.base import Action, Division, Numbers, or_unknown
 from gpu_bp.backends.host_scratch import BLOCK, LOOK, TILE, Scratch, block_rows
 from gpu_bp.formula import Program, evaluate
+from gpu_bp.precision import PRECISIONS, dotted
 from gpu_bp.registry import (
     Permutations,
     Purpose,
@@ -74,6 +75,12 @@ class NumpyBackend:
 
     def libraries(self) -> dict[str, Any]:
         return {"simd": or_unknown(host_libraries.simd), **host_libraries.blas()}
+
+    def refuses(self, products: str) -> str | None:
+        return (
+            f"the numpy backend has no matrix products in {products}; use float32, or --backend cupy on a GPU of "
+            f"compute capability {dotted(PRECISIONS[products].capability)} or newer"
+        )
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return np.zeros(shape, dtype)
@@ -128,7 +135,16 @@ class NumpyBackend:
         # mode="clip": with "raise", take would write into a copy of out first
         self._do(table.take, rows, axis=0, out=out, mode="clip")
 
-    def matmul(self, a: Array, b: Array, out: Array, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
+    def matmul(
+        self,
+        a: Array,
+        b: Array,
+        out: Array,
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        arithmetic: str = "",  # none but that of the dtype: see `refuses`
+    ) -> None:
         self._largest = max(self._largest, a.size * out.shape[1])
         left: Any = a.T if transpose_a else a
         self._do(left.dot, b.T if transpose_b else b, out)  # which is found faster than np.dot
@@ -234,8 +250,32 @@ class NumpyBackend:
             self._do(calls.input_noise, seed, step, start, sd, x_part, part)
             start += len(part)
 
-    def step_factor(self, scale: float, weight: Array | None, squares: Array | None, most: float, out: Array) -> None:
-        self._do(calls.step_factor, scale, weight, squares, most, out)
+    def step_factor(
+        self,
+        scale: float,
+        weight: Array | None,
+        squares: Array | None,
+        most: float,
+        out: Array,
+        loss_scale: Array | None = None,
+    ) -> None:
+        self._do(calls.step_factor, scale, weight, squares, most, out, loss_scale)
+
+    def multiply(self, x: Array, factor: Array) -> None:
+        self._do(np.multiply, x, factor, x)
+
+    def adjust_scale(
+        self,
+        scale: Array,
+        good: Array,
+        skip: Array,
+        steps: Array,
+        flag: Array,
+        every: int,
+        least: float,
+        most: float,
+    ) -> None:
+        self._do(calls.adjust_scale, scale, good, skip, steps, flag, every, least, most)
 
     def watch(self, gradients: Array, total: Array, steps: Array, flag: Array) -> None:
         # 0 times what is finite is 0, and 0 times anything else is NaN

@@ -118,6 +118,8 @@ class Kernel:
         options: tuple[str, ...] = (),
     ) -> None:
         headers = "#include <cupy/carray.cuh>\n" if with_cupy_headers else ""
+        if "float16.cuh" in source:  # CuPy's own, which then asks for CUDA's: cuda_fp16.h and cuda_bf16.h stand for it
+            headers = f"#define __CUDACC_VER_MAJOR__ 13\n{headers}"
         self.name = name
         self.source = source
         self.options = options
@@ -139,7 +141,8 @@ class Kernel:
             CompileError: g++ refuses the source.
         """
         command, version = compiler()
-        key = hashlib.sha256("\0".join([self.text, _header_text(), *command, version]).encode()).hexdigest()[:32]
+        texts = [self.text, _header_text(), *([_small_types_text()] if "float16.cuh" in self.text else [])]
+        key = hashlib.sha256("\0".join([*texts, *command, version]).encode()).hexdigest()[:32]
         target = cache_folder() / f"{self.name}-{key}.so"
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
@@ -198,3 +201,8 @@ class Kernel:
 @functools.cache
 def _header_text() -> str:
     return HEADER.read_text() + "\0" + Path(codegen.include_folder(), "cupy", "carray.cuh").read_text()
+
+
+@functools.cache
+def _small_types_text() -> str:
+    return "".join(HEADER.with_name(name).read_text() for name in ("cuda_fp16.h", "cuda_bf16.h"))

@@ -82,6 +82,27 @@ def every_kernel(kind: str, dtype: str) -> list[Kernel]:
     return list({kernel.text: kernel for kernel in cupy.device.kernels}.values())
 
 
+def stored_kernels(dtype: Any) -> list[Kernel]:
+    """The kernels of which arrays are stored in that dtype of fewer bits than float32."""
+    cupy = FakeCupy(dry=True)
+    b = cupy_backend_module(cupy).CupyBackend()
+    small, other, whole = b.zeros((2, 3), dtype), b.zeros((2, 3), dtype), b.zeros((2, 3), np.float32)
+    columns, step = b.zeros((3,), np.float32), b.zeros((1,), np.int64)
+    b.copy(whole, small)
+    b.column_sums(small, columns)
+    for phi in (phi for phi in registry.ACTIVATIONS.values() if isinstance(phi, Activation)):
+        for biases in (None, columns):
+            b.activate(phi, small, biases, other)
+        b.activate(phi, whole, columns, other)  # of a normalised layer
+        for error, v, delta in ((small, small, small), (small, whole, whole), (whole, whole, whole)):
+            b.hidden_delta(phi, error, v, other, delta)
+    for x, y in itertools.product((small, whole), repeat=2):
+        b.add(x, y, x)
+        b.dropout(0, step, 5, 0.5, x, y)
+    made = {kernel.text: kernel for kernel in cupy.device.kernels}.values()
+    return [kernel for kernel in made if "float16.cuh" in kernel.text]
+
+
 def of_a_step(b: Any, v: Any, y: Any, losses: Any, delta: Any, gains: Any, classes: Any) -> None:
     """What only some trainings use."""
     dtype = v.dtype
@@ -104,7 +125,11 @@ def of_a_step(b: Any, v: Any, y: Any, losses: Any, delta: Any, gains: Any, class
     b.advance(step)
     for weight in (None, total):
         for squares in (None, total):
-            b.step_factor(1.0, weight, squares, 1.0, factor)
+            for loss_scale in (None, b.zeros((1,), dtype)):
+                b.step_factor(1.0, weight, squares, 1.0, factor, loss_scale)
+    b.multiply(v, factor)
+    counters = [b.zeros((1,), np.int64) for _ in range(4)]
+    b.adjust_scale(factor, *counters, 2000, 1.0, 2.0**24)
     for flag in (None, b.zeros((1,), np.int64)):
         b.limit_norms(v, 1.0, flag)
         b.average(v, y, 0.5, flag)

@@ -9,12 +9,13 @@ import ctypes
 import itertools
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 if TYPE_CHECKING:
     from cuda_on_cpu.fake_cupy import FakeCupy
 
-DTYPES = {0: np.float32, 1: np.float64, 2: np.float16}
+DTYPES = {0: np.float32, 1: np.float64, 2: np.float16, 14: ml_dtypes.bfloat16}
 # What is multiplied and summed in, and the C type of alpha and beta. TF32 keeps 10 bits of a factor's fraction.
 COMPUTE = {68: (np.float32, ctypes.c_float), 77: (np.float32, ctypes.c_float), 70: (np.float64, ctypes.c_double)}
 TF32 = 77

@@ -36,13 +36,16 @@ class FakeCupy:
         order: in which the threads of a kernel run.
         dry: nothing runs.
         lazy: a call runs only when somebody waits for its stream.
+        capability: the compute capability of the device, such as "90" for 9.0.
 
     Attributes:
         bindings: stands for nvmath.bindings.cublas.
         ranges: the NVTX ranges that were opened and closed again, in the order of their ends, each "outer/inner".
     """
 
-    def __init__(self, order: Order = "forward", *, dry: bool = False, lazy: bool = False) -> None:
+    def __init__(
+        self, order: Order = "forward", *, dry: bool = False, lazy: bool = False, capability: str = "90"
+    ) -> None:
         codegen.require()
         self.__version__ = codegen.real_cupy().__version__
         self.device = Device(order, dry=dry, lazy=lazy)
@@ -63,7 +66,9 @@ class FakeCupy:
         )
         self.cuda = SimpleNamespace(
             runtime=runtime,
-            Device=lambda number=0: SimpleNamespace(id=number, synchronize=self._synchronise, compute_capability="90"),
+            Device=lambda number=0: SimpleNamespace(
+                id=number, synchronize=self._synchronise, compute_capability=capability
+            ),
             device=SimpleNamespace(get_cublas_handle=lambda: 1),
             cublas=SimpleNamespace(getVersion=lambda handle: 120804),
             nvrtc=SimpleNamespace(getVersion=lambda: (12, 8)),
@@ -326,7 +331,7 @@ class ElementwiseKernel:
         def run() -> None:
             for output, poisoned in written:
                 if poisoned and not any(np.may_share_memory(output.host, x) for x in inputs):
-                    output.host.fill(np.nan if output.dtype.kind == "f" else -1)
+                    output.host.fill(-1 if output.dtype.kind == "i" else np.nan)
             kernel(blobs, grid, block, self._device.thread_order(grid * block))
             for output in outputs:
                 output.check_guards(self.real.name)

@@ -4,12 +4,15 @@ Each of these is shown to fail on a fault."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cuda_on_cpu.cpu import CompileError, Kernel
-from cuda_on_cpu.every_kernel import KINDS, RECORDS, every_kernel
+from cuda_on_cpu.every_kernel import KINDS, RECORDS, every_kernel, stored_kernels
 from cuda_on_cpu.nvrtc import ARCHITECTURES, Compiled, compile_kernel
 from cuda_on_cpu.test_kernels_on_cpu import dtypes
+from cuda_on_cpu.test_precisions import SMALL
 
 pytestmark = pytest.mark.kernels
 
@@ -53,6 +56,18 @@ def test_every_kernel_compiles(kind: str, dtype: str, architecture: int) -> None
         compiled = compile_kernel(kernel, architecture)
         assert compiled.cubin_bytes
         found += faults(kernel.name, compiled, dtype)
+    assert not found, "\n".join(found)
+
+
+@architectures
+@pytest.mark.parametrize("dtype", SMALL.values(), ids=SMALL)
+def test_every_stored_kernel_compiles(dtype: Any, architecture: int) -> None:
+    """CUDA's own headers convert where the hardware has no instruction for it."""
+    kernels = stored_kernels(dtype)
+    assert len(kernels) > 50
+    found = []
+    for kernel in kernels:
+        found += faults(kernel.name, compile_kernel(kernel, architecture), "float32")
     assert not found, "\n".join(found)
 
 
