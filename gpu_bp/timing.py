@@ -38,6 +38,7 @@ OPERATIONS = {
     "add": ("forward", "a b", "out"),
     "output_delta": ("delta", "net_input target", "output losses delta"),
     "class_weights": ("delta", "targets weights", "out"),
+    "multiply": ("delta", "x factor", "x"),
     "weigh": ("delta", "weights losses delta", "losses delta"),
     "accumulate": ("delta", "x", ""),
     "hidden_delta": ("delta", "error output", "delta"),  # or the net input, which is as large
@@ -50,11 +51,12 @@ OPERATIONS = {
     "update": ("update", "parameters gradients state", "parameters state"),
     "limit_norms": ("update", "weights", ""),  # and writes the rows that are too long
     "average": ("update", "parameters average", "average"),
+    "adjust_scale": ("update", "scale", "scale good"),
     "advance": ("update", "", "counter"),
 }
 # Those that are not: they ask, they make something, they run others, or they wait.
 UNTIMED = (
-    "libraries", "zeros", "to_device", "to_host", "synchronize", "record", "together", "division", "numbers",
+    "libraries", "refuses", "zeros", "to_device", "to_host", "synchronize", "record", "together", "division", "numbers",
     "free_bytes", "scratch_bytes", "generator_bytes", "staging", "upload", "await_uploads", "finish_uploads",
     "mark", "seconds", "span",
 )  # fmt: skip

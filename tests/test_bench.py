@@ -161,7 +161,7 @@ def test_what_belongs_to_which_phase(backend: Backend, tiny_config: Tiny, monkey
     for _ in islice(plain_steps(trainer, timed_backend), trainer.batches.per_epoch):
         pass
     assert found == {
-        "data": {"gather", "permute", "copy"},  # copied, where batches of several sizes take turns
+        "data": {"gather", "permute"},
         "forward": {"matmul", "normalise", "activate", "dropout", "input_noise", "add"},
         "delta": {
             "output_delta",

@@ -300,24 +300,24 @@ def start(config: Config, budget: int) -> None:
 
 LARGE: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
     "a batch": (
-        {"data": {"rows": 600_000, "residency": "host"}, "train": {"batch_size": 600_000}},
+        {"data": {"rows": 2_400_000, "residency": "host"}, "train": {"batch_size": 2_400_000}},
         [["train.part_rows"], ["train.batch_size"]],
     ),
     "parts": (
-        {"data": {"rows": 600_000, "residency": "host"}, "train": {"batch_size": 600_000, "part_rows": 450_000}},
+        {"data": {"rows": 2_400_000, "residency": "host"}, "train": {"batch_size": 2_400_000, "part_rows": 1_800_000}},
         [["train.part_rows"], ["train.batch_size"]],
     ),
     "all rows": (
         {
-            "data": {"rows": 600_000, "residency": "host"},
+            "data": {"rows": 2_400_000, "residency": "host"},
             "optimizer": {"kind": "rprop"},
-            "train": {"batch_size": 600_000},
+            "train": {"batch_size": 2_400_000},
         },
         [["train.part_rows"]],
     ),
     "rows": ({"data": {"rows": 2_000_000, "residency": "device"}}, [["data.residency"]]),
     "both": (
-        {"data": {"rows": 2_000_000, "residency": "device"}, "train": {"batch_size": 900_000}},
+        {"data": {"rows": 2_000_000, "residency": "device"}, "train": {"batch_size": 1_900_000}},
         [["data.residency", "train.part_rows"], ["data.residency", "train.batch_size"]],
     ),
 }
@@ -327,8 +327,8 @@ LARGE: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
 def test_what_is_proposed_fits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And twice as many rows do not, where nobody asks beforehand."""
     sections, expected = LARGE[name]
-    parsed, budget = make(**sections), 20 * 2**20
-    with pytest.raises(UserError, match=r"the training needs .* 20.0 MiB are free and .* are missing; ") as caught:
+    parsed, budget = make(**sections), 80 * 2**20
+    with pytest.raises(UserError, match=r"the training needs .* 80.0 MiB are free and .* are missing; ") as caught:
         start(parsed, budget)
     assert "\n" not in str(caught.value)
     found = proposals(str(caught.value))
@@ -377,8 +377,8 @@ def test_no_batch_is_small_enough() -> None:
 
 def test_out_of_memory_at_a_step() -> None:
     """Where others take what was free: less than was needed is there, and what is proposed fits into that."""
-    sections = {"data": {"rows": 600_000, "residency": "host"}, "network": {"hidden": [200, 200]}}
-    parsed = make(**sections, train={"batch_size": 200_000, "part_rows": 100_000})
+    sections = {"data": {"rows": 2_400_000, "residency": "host"}, "network": {"hidden": [200, 200]}}
+    parsed = make(**sections, train={"batch_size": 800_000, "part_rows": 400_000})
     backend = Measured()
     dataset = load_data(parsed, backend=backend)
     trainer = Trainer(parsed, backend, dataset)
@@ -395,7 +395,7 @@ def test_out_of_memory_at_a_step() -> None:
     again = str(memory.out_of_memory(parsed, dataset, backend, trainer.steps))
     needed = memory.size(memory.estimate(parsed, dataset, backend).total)
     assert f"needs about {needed}, and about {needed} were there" in again
-    assert all(0 < int(change[0].partition("=")[2]) < 100_000 for change in proposals(again))
+    assert all(0 < int(change[0].partition("=")[2]) < 400_000 for change in proposals(again))
 
 
 def test_info(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,8 @@ class HostNumbers:
         (values,) = steps  # one: see steps_at_once
         if values != self._values:
             self._values = tuple(values)
-            self._array[:] = self._values
+            with np.errstate(over="ignore"):
+                self._array[:] = self._values
 
 
 class NumpyBackend:
@@ -397,7 +398,7 @@ class NumpyBackend:
     @staticmethod
     def _parts(n: int, width: int = 1) -> Iterator[slice]:
         """Slices of 0 .. n that fit the cache in float64, for `width` numbers a place."""
-        step = max(1, 4 * BLOCK // width)
+        step = max(1, BLOCK // width)
         return (slice(start, min(n, start + step)) for start in range(0, n, step))
 
     def _do(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
