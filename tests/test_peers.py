@@ -55,7 +55,7 @@ SCHEMA["items"]["required"] = list(SCHEMA["items"]["properties"])  # type: ignor
 NAMES = {  # of peers, by what stands in for them
     "Same": "torch eager",
     "Frozen": "torch compile",
-    "Infinite": "torch compile of the whole step",
+    "Infinite": "one function by torch",
     "Faulty": "scikit-learn",
     "Large": "jax jit",
     "Killed": "jax scan",
@@ -195,7 +195,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert set(result["peer_gemm_seconds"]) == {"numpy"}
         assert result["left_out"].pop("torch compile").startswith("its losses differ from ours by")
         assert (
-            result["left_out"].pop("torch compile of the whole step").startswith("its losses differ from ours by inf")
+            result["left_out"].pop("one function by torch").startswith("its losses differ from ours by inf")
         )
         assert result["left_out"] == {
             "scikit-learn": "RuntimeError: planted",

@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of a round, for each side")
     parser.add_argument("--without", nargs="*", default=[], metavar="PEER", help="peers that are not to be measured")
+    parser.add_argument("--also", nargs="*", default=[], metavar="PEER", help="peers that are not measured unasked")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--markdown", type=Path, help="the table, as it is printed")
@@ -47,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not cells:
         print(f"error: no cell of the {options.grid} grid has all of: {options.cell}", file=sys.stderr)
         return 2
-    peers = [peer for peer in PEERS if peer.name not in options.without]
+    asked = [peer for peer in PEERS if options.device not in peer.on_request or peer.name in options.also]
+    peers = [peer for peer in asked if peer.name not in options.without]
     results: list[Result] = []
     try:
         with bench(options.device, peers) as made:

@@ -8,11 +8,16 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.peers.measure import Result, summary
-from benchmarks.peers.sides import COLUMN, COMPILED, EAGER, GRAPH, JAX, SKLEARN
+from benchmarks.peers.sides import COLUMN, COMPILED, EAGER, FUNCTION, GRAPH, JAX, SKLEARN
 
-COLUMNS = (EAGER, COMPILED, GRAPH, SKLEARN, JAX)
+COLUMNS = (EAGER, COMPILED, FUNCTION, GRAPH, SKLEARN, JAX)
 QUIET = 0.1  # cores that other work may keep busy
-RIVALS = {"the fastest PyTorch": "torch", "scikit-learn": "scikit-learn", "the fastest JAX": "jax"}
+RIVALS = {
+    "the fastest PyTorch": "torch",
+    "PyTorch as one function": "one function",
+    "scikit-learn": "scikit-learn",
+    "the fastest JAX": "jax",
+}
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -112,7 +117,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
     figure = Figure(figsize=(8, 1.6 + 0.32 * len(shapes)), layout="constrained")
     axes = figure.subplots()
     columns = [column for column in COLUMNS if any(_column(result, column) for result in results)]
-    markers = dict(zip(COLUMNS, "os^Dv", strict=True))
+    markers = dict(zip(COLUMNS, "osP^Dv", strict=True))
     for k, column in enumerate(columns):
         offset = 0.5 * (k / max(1, len(columns) - 1) - 0.5)
         points = [

@@ -82,7 +82,8 @@ def cores() -> int:
 class Peer:
     """How to make a side: the class `make` of a module, with these options, where the `library` is installed.
 
-    `column` of the table; `products`: whether it is asked for the products of its library, of which it is the first.
+    `column` of the table; `products`: whether it is asked for the products of its library, of which it is the first;
+    `on_request`: devices on which it is measured only where it is asked for.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Peer:
     options: Mapping[str, Any] = field(default_factory=dict)
     devices: tuple[str, ...] = ("cpu", "cuda")
     products: bool = False
+    on_request: tuple[str, ...] = ()
 
     @property
     def installed(self) -> bool:
@@ -106,17 +108,20 @@ def _torch(name: str, column: str, make: str, devices: tuple[str, ...] = ("cuda"
 
 
 OURS = Peer("ours", "ours", "gpu_bp", "benchmarks.peers.ours", "Ours", products=True)
-EAGER, COMPILED, GRAPH = "PyTorch eager", "PyTorch compiled", "PyTorch CUDA graph"
+EAGER, COMPILED, FUNCTION = "PyTorch eager", "PyTorch compiled", "PyTorch as one function"
+GRAPH = "PyTorch CUDA graph"
 SKLEARN, JAX = "scikit-learn", "JAX"
 BOTH = ("cpu", "cuda")
 PEERS = (
     _torch("eager", EAGER, "Eager", BOTH),
     _torch("compile", COMPILED, "Eager", BOTH, mode="default"),
-    _torch("compile of the whole step", COMPILED, "Whole", BOTH),
     _torch("compile reduce-overhead", COMPILED, "Eager", mode="reduce-overhead"),
     _torch("compile max-autotune", COMPILED, "Eager", mode="max-autotune"),
     _torch("CUDA graph", GRAPH, "Captured", of="Eager"),
     _torch("CUDA graph of the compiled step", GRAPH, "Captured", of="Whole"),
+    # No modules, autograd or optimizer of PyTorch's: a training written as one function, which is then compiled. On a GPU
+    # it is one more of the ways in which a step is made fast there.
+    Peer("one function by torch", FUNCTION, "torch", "benchmarks.peers.with_torch", "Whole", on_request=("cpu",)),
     Peer("scikit-learn", SKLEARN, "sklearn", "benchmarks.peers.with_sklearn", "Perceptron", {}, ("cpu",)),
     Peer("jax jit", JAX, "jax", "benchmarks.peers.with_jax", "Jit", products=True),
     Peer("jax scan", JAX, "jax", "benchmarks.peers.with_jax", "Scan", devices=("cuda",)),
