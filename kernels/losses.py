@@ -220,7 +220,7 @@ def _cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Array, s: S
     if d.ndim == 1:  # class indices: d_j is 1 in column d, 0 elsewhere, before they are smoothed
         np.add(s.row_start, d, out=s.row_index)
         values = loss.reshape(-1)
-        np.take(v.reshape(-1), s.row_index, out=values, mode="clip")
+        v.reshape(-1).take(s.row_index, out=values, mode="clip")
         np.subtract(s.row_a, loss, out=loss)
         if label_smoothing:
             loss *= 1 - label_smoothing
@@ -229,11 +229,14 @@ def _cross_entropy(v: Array, d: Array, y: Array, loss: Array, delta: Array, s: S
             s.row_a *= label_smoothing / n
             loss += s.row_a
         loss += s.row_b
-        np.subtract(y, label_smoothing / n, out=delta)
-        own = s.row_a.reshape(-1)
-        np.take(delta.reshape(-1), s.row_index, out=own, mode="clip")
+        if label_smoothing:
+            np.subtract(y, label_smoothing / n, out=delta)
+        else:
+            np.copyto(delta, y)
+        flat, own = delta.reshape(-1), s.row_a.reshape(-1)
+        flat.take(s.row_index, out=own, mode="clip")
         own -= 1 - label_smoothing
-        np.put(delta, s.row_index, own)
+        flat[s.row_index] = own
     else:
         _smoothed(d, label_smoothing, n, out=s.a)
         d = s.a

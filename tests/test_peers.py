@@ -194,9 +194,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert set(result["peers"]) == {"torch eager", "jax jit"}
         assert set(result["peer_gemm_seconds"]) == {"numpy"}
         assert result["left_out"].pop("torch compile").startswith("its losses differ from ours by")
-        assert (
-            result["left_out"].pop("one function by torch").startswith("its losses differ from ours by inf")
-        )
+        assert result["left_out"].pop("one function by torch").startswith("its losses differ from ours by inf")
         assert result["left_out"] == {
             "scikit-learn": "RuntimeError: planted",
             "jax scan": "its process ended with status -9",

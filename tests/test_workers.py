@@ -43,6 +43,7 @@ class Plain(NumpyBackend):
 def cutting(monkeypatch: pytest.MonkeyPatch, workers: int = 3, rows: int = 10) -> NumpyBackend:
     """A backend of so many workers that cuts any batch into parts of so many rows, and the update too."""
     monkeypatch.setattr(host_threads, "WORKER", 1)
+    monkeypatch.setattr(host_threads, "WORKER_ROWS", 1)
     monkeypatch.setattr(host_threads, "PART_ROWS", rows)
     monkeypatch.setattr(host_threads, "PART_NUMBERS", 1)
     monkeypatch.setattr("gpu_bp.step.UPDATED", 20)

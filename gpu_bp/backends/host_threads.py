@@ -19,6 +19,7 @@ from gpu_bp.backends.base import Action, Division
 from gpu_bp.backends.host_libraries import blas_library
 
 WORKER = 12_000_000  # the least work for each worker, in multiplications: about a quarter of a millisecond
+WORKER_ROWS = 128  # and the least rows, since each worker has a gradient of all weights to make
 FORMULAS = 80  # what the formulas of a unit take for a row, forward and back, in multiplications
 PART_ROWS, PART_NUMBERS = 512, 2**17  # a part has so many rows, or so many numbers in its widest layer
 BLAS_SMALL = 2**18  # products that OpenBLAS works on by a single thread anyway, likewise
@@ -29,7 +30,7 @@ def division(widths: Sequence[int], rows: int, workers: int) -> Division:
     """How a step of a network of these widths is shared out, where there are so many workers."""
     weights = sum(a * b for a, b in pairwise(widths))
     work = rows * (3 * weights + FORMULAS * sum(widths[1:]))
-    taken = max(1, min(workers, work // WORKER, rows))
+    taken = max(1, min(workers, work // WORKER, rows // WORKER_ROWS))
     own = -(-rows // taken)  # rows of a worker
     parts = -(-own // max(PART_ROWS, PART_NUMBERS // max(widths)))
     return Division(-(-own // parts), taken)
