@@ -119,8 +119,8 @@ PEERS = (
     _torch("compile max-autotune", COMPILED, "Eager", mode="max-autotune"),
     _torch("CUDA graph", GRAPH, "Captured", of="Eager"),
     _torch("CUDA graph of the compiled step", GRAPH, "Captured", of="Whole"),
-    # No modules, autograd or optimizer of PyTorch's: a training written as one function, which is then compiled. On a GPU
-    # it is one more of the ways in which a step is made fast there.
+    # No modules, autograd or optimizer of PyTorch's: a training written as one function, which is then compiled. On a
+    # GPU it is one more of the ways in which a step is made fast.
     Peer("one function by torch", FUNCTION, "torch", "benchmarks.peers.with_torch", "Whole", on_request=("cpu",)),
     Peer("scikit-learn", SKLEARN, "sklearn", "benchmarks.peers.with_sklearn", "Perceptron", {}, ("cpu",)),
     Peer("jax jit", JAX, "jax", "benchmarks.peers.with_jax", "Jit", products=True),
