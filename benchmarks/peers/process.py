@@ -145,16 +145,17 @@ def _measure(pipe: Connection, make: Callable[[], Side]) -> None:
         memory = (_memory("VmHWM") or 0) - (_memory("RssFile") or 0) - before
     compiled = side.compile_seconds + max(0.0, first - begin - later)
     pipe.send(Begun(losses, compiled, memory, side.threads))
-    calls = {"step": side.step}
+    calls, worked = {"step": side.step}, time.process_time()
     while (asked := pipe.recv()) is not None:
         what, budget = asked
-        before_cpu = time.process_time()
         if what == "step":
             side.begin()
         elif what not in calls:
             calls[what] = side.products()
         taken = seconds_a_call(calls[what], side.wait, budget)
-        pipe.send((taken / steps if what == "step" else taken, time.process_time() - before_cpu))
+        # since the last answer: threads may spin for a while after it, and that is no other work of the machine
+        before, worked = worked, time.process_time()
+        pipe.send((taken / steps if what == "step" else taken, worked - before))
     pipe.send(None)
 
 
