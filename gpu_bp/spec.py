@@ -351,8 +351,8 @@ class Update(Record):
     `state` names the arrays kept beside the parameters, which start at zero. `scalars` computes, in float64 on the
     host, the numbers that one step needs: `(step, learning_rate, **parameters) -> {name: number}`, step counting from
     1; its keys are `scalar_names`. `update`: CUDA text that changes `w` and the state, reading `g` and the scalars by
-    name; twin `(w, g, *state, s, **scalars)`, which may overwrite g but not s.a (g lives there), and gets each scalar as
-    an array () of the parameters' dtype.
+    name; twin `(w, g, *state, s, **scalars)`, which may overwrite g but not s.a (g lives there); each scalar
+    is an array () of the parameters' dtype.
     `variant`: where parameters change what is kept and computed, the state and the formula for their values.
     `full_batch`: it is meant for gradients of all rows alone.
 
