@@ -9,6 +9,7 @@ recorded when it is asked for the first time, and from then on only run (`Backen
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -88,7 +89,8 @@ class Step:
         self._recorded: dict[tuple[object, ...], Action] = {}
         self._plans: dict[tuple[object, ...], list[list[_Part]]] = {}
         self._places: dict[tuple[int | None, ...], Batch] = {}
-        self._several_at: tuple[tuple[int | None, ...], list[Batch]] | None = None  # a place, and its batches
+        # a place, the batch that lay there first, without which others could take its place, and those of its steps
+        self._several_at: tuple[tuple[int | None, ...], Batch, list[Batch]] | None = None
 
     def __call__(self, batch: Batch) -> None:
         objective, optimizer, place = self.objective, self.optimizer, _place_of(batch)
@@ -101,12 +103,18 @@ class Step:
             self._rows = self._used = 0
         self._rows += len(batch.inputs)
         self._count()
-        if batch.last:
-            optimizer.begin(1.0 if objective.weighs(batch) else 1 / self._rows)  # 1 / total weight
-        if len(batch.inputs) <= self._part_rows:
-            self._at_one_go(batch, place)
-        else:
-            self._in_parts(batch)
+        steps = optimizer.steps
+        try:
+            if batch.last:
+                optimizer.begin(1.0 if objective.weighs(batch) else 1 / self._rows)  # 1 / total weight
+            if len(batch.inputs) <= self._part_rows:
+                self._at_one_go(batch, place)
+            else:
+                self._in_parts(batch)
+        except BaseException:  # as if there had been no step; what it has added to the loss is not known
+            optimizer.steps, self._counted = steps, -1
+            self._forget_sums_of_others()
+            raise
         objective.count(batch)
         if batch.last:
             self._counted += 1
@@ -125,12 +133,13 @@ class Step:
         """Steps one after the other, in one recording; what is not as ever, one by one."""
         objective, average, share = self.objective, self.average, self._shares[0]
         if self._several_at is None:
-            self._several_at = place, batch.of_steps()  # and so the arrays live on
-        known, batches = self._several_at
+            self._several_at = place, batch, batch.of_steps()
+        known, _, batches = self._several_at
         if known != place or len(batches) != batch.steps:
             batches = batch.of_steps()
         first, steps = batches[0], len(batches)
-        if known != place or first.n > self._part_rows or (average is not None and not average.begun):
+        begins, too_many = average is not None and not average.begun, steps > self._backend.steps_at_once
+        if known != place or first.n > self._part_rows or begins or too_many:
             for each in batches:
                 self(each)
             return
@@ -154,7 +163,8 @@ class Step:
         share, used = self._shares[0], self._used
         if place not in self._places:
             small = sum(array.nbytes for array in batch.filled) <= SMALL
-            if len(self._places) < (SMALL_PLACES if small else PLACES):
+            whole = all(array.flags.c_contiguous for array in batch.filled)
+            if whole and len(self._places) < (SMALL_PLACES if small else PLACES):
                 self._places[place] = batch  # and so the arrays live on, and no others are taken for them
             else:
                 batch, place = share.take(batch, 0, batch.n), ()
@@ -233,7 +243,7 @@ class Step:
 
     def _kind_of_update(self, batch: Batch, used: int) -> tuple[object, ...]:
         average, rows = self.average, self._rows if self._clip_norm else 0
-        return used, self.objective.weighs(batch), rows, average and (id(average), average.begun)
+        return used, self.objective.weighs(batch), rows, average and (average, average.begun)
 
     def _phases(self, batch: Batch, used: int, workers: int, step: int = 0) -> list[list[Action]]:
         """The update of a step whose gradients stand in the first shares: what must be done before what.
@@ -313,9 +323,27 @@ class Step:
 
     def reset_flag(self) -> None:
         """Steps change parameters again, for whoever has set all back; the loss so far is forgotten."""
+        self._forget_sums_of_others()
         self.objective.forget_loss()
         if self.flag is not None:
             self._backend.fill(self.flag, -1)
+
+    def _forget_sums_of_others(self) -> None:
+        for share in self._shares[1:]:
+            share.objective.total.fill(0)
+            share.objective.weight.fill(0)
+
+    @property
+    def objective_of_parts(self) -> Objective:
+        """The objective as it works on the parts of a batch; its sums and gradients are those of `objective`."""
+        return self._shares[0].objective
+
+    def cut(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches in parts that `objective_of_parts` takes."""
+        for batch in batches:
+            for start, end in _cut(batch.n, 1, 0, self._part_rows):
+                part = batch.part(start, end)
+                yield replace(part, place=batch.place + start, last=batch.last and end == batch.n)
 
 
 class _Part(NamedTuple):

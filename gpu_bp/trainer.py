@@ -193,7 +193,7 @@ class Trainer:
         self.steps = step - 1
         batches = self.batches.epoch(epoch, epoch_step, follows=False)
         with closing(batches):
-            return Diverged(str(diagnose(self.step.objective, batches, step)))
+            return Diverged(str(diagnose(self.step.objective_of_parts, self.step.cut(batches), step)))
 
     def _place_of(self, step: int) -> tuple[int, int]:
         """The epoch and the step of the epoch, both from 0, of one of the steps taken, the first step being 1."""

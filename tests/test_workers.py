@@ -22,11 +22,13 @@ from gpu_bp.average import Average
 from gpu_bp.backends import host_threads
 from gpu_bp.backends.base import Action
 from gpu_bp.backends.host_threads import Workers, blas_threads, division
+from gpu_bp.divergence import diagnose
 from gpu_bp.noise import Noise
-from gpu_bp.spec import FusedLoss
+from gpu_bp.spec import FusedLoss, Twin
 from gpu_bp.step import SMALL_PLACES, _cut
 
 ROWS = 101
+SGD = registry.update("sgd").update
 
 
 class Plain(NumpyBackend):
@@ -323,3 +325,105 @@ def test_threads_of_blas() -> None:
         with workers.at_most(5):
             assert workers._blas.get_num_threads() == 1
     assert workers._blas.get_num_threads() == workers.count
+
+
+# What could go unnoticed ---------------------------------------------------------------------------------------------
+
+
+def test_another_average_takes_the_place_of_one_that_is_gone() -> None:
+    step, given = step_of(NumpyBackend(), "squared_error", average=True), batches("squared_error")
+    after(step, given)
+    for _ in range(20):  # one of them stands where the first stood
+        step.average = None
+        step.average = Average(step.objective.network, 0.5)
+        after(step, given, 3)
+        assert step.average.network.parameters.any()
+
+
+def test_a_twin_cannot_change_the_numbers_of_all_steps() -> None:
+    def twin(w: np.ndarray, g: np.ndarray, s: object, rate: np.ndarray) -> None:
+        rate *= 2.0
+
+    step = step_of(NumpyBackend(), "squared_error", "sgd")
+    object.__setattr__(step.optimizer.record, "update", Twin("", twin))
+    try:
+        with pytest.raises(ValueError, match="read-only"):
+            after(step, batches("squared_error"))
+    finally:
+        object.__setattr__(step.optimizer.record, "update", SGD)
+
+
+@pytest.mark.parametrize("row", [0, ROWS - 1])
+@pytest.mark.parametrize("cut", [False, True])
+def test_after_a_step_that_failed(cut: bool, row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All goes on as if it had not been; nothing of it is in the gradient or the number of the steps."""
+    found = []
+    for fails in (False, True):
+        step = step_of(cutting(monkeypatch) if cut else NumpyBackend(), "cross_entropy", "adam")
+        x = np.random.default_rng(0).standard_normal((ROWS, 4))
+        batch = Batch(x, np.arange(ROWS) % 3, np.arange(ROWS))
+        step(batch)
+        if fails:
+            batch.targets[row] = 10**6
+            with pytest.raises(IndexError):
+                step(batch)
+            batch.targets[row] = row % 3
+            step.reset_flag()
+        step(batch)
+        assert step.optimizer.steps == 2
+        assert step.diverged() is None
+        found.append(step.objective.network.parameters.tobytes())
+    assert found[0] == found[1]
+
+
+def test_arrays_with_gaps_are_not_recorded() -> None:
+    """Noise on inputs that are every other column of what changes."""
+    noise = Noise(seed=1, input_noise=0.3)
+    one, two = (step_of(NumpyBackend(), "squared_error", noise=noise) for _ in range(2))
+    wide, rng = np.empty((ROWS, 8)), np.random.default_rng(0)
+    targets = rng.standard_normal((ROWS, 3))
+    for _ in range(3):
+        wide[...] = rng.standard_normal(wide.shape)
+        one(Batch(wide[:, ::2], targets, np.arange(ROWS)))
+        two(Batch(wide[:, ::2].copy(), targets, np.arange(ROWS)))
+    np.testing.assert_array_equal(one.objective.network.parameters, two.objective.network.parameters)
+
+
+def test_limits_of_two_threads_do_not_outlive_them() -> None:
+    workers = Workers()
+    if workers._blas is None:
+        pytest.skip("this BLAS cannot be told")
+    before = workers._blas.get_num_threads()
+    outer, inner = workers.at_most(2), workers.at_most(1)
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert workers._blas.get_num_threads() == 1
+    inner.__exit__(None, None, None)
+    assert workers._blas.get_num_threads() == before
+
+
+def test_a_divergence_is_looked_at_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the arrays that the step has, and no more; it names the rows by their numbers."""
+    step, (batch,) = step_of(cutting(monkeypatch), "squared_error"), batches("squared_error")
+    batch.targets[[7, 95]] = np.inf
+    with np.errstate(all="ignore"):
+        step(batch)
+        found = diagnose(step.objective_of_parts, step.cut([batch]), 1)
+    assert (found.what, found.rows, len(found.batch)) == ("a target", (7, 95), ROWS)
+    assert "signals" not in vars(step.objective)
+
+
+def test_what_another_thread_asks_for_is_not_recorded() -> None:
+    backend, out = NumpyBackend(), np.zeros(3)
+
+    def run() -> None:
+        other = threading.Thread(target=backend.copy, args=(np.ones(3), out))
+        other.start()
+        other.join()
+
+    play = backend.record(run)
+    np.testing.assert_array_equal(out, 1)
+    out[...] = 5
+    play()
+    np.testing.assert_array_equal(out, 5)

@@ -9,8 +9,9 @@ alone, by the rules here; docs/performance.md has the measurements that they com
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
 from itertools import pairwise
@@ -24,6 +25,11 @@ FORMULAS = 80  # what the formulas of a unit take for a row, forward and back, i
 PART_ROWS, PART_NUMBERS = 512, 2**17  # a part has so many rows, or so many numbers in its widest layer
 BLAS_SMALL = 2**18  # products that OpenBLAS works on by a single thread anyway, likewise
 BLAS_THREAD = 2**21  # the least work of a product for each thread of BLAS, in multiplications
+
+
+# How many threads the process's BLAS had, and the limits that are set now, by whichever thread.
+_LIMITS: list[int] = []
+_LOCK = threading.Lock()
 
 
 def division(widths: Sequence[int], rows: int, workers: int) -> Division:
@@ -59,8 +65,10 @@ class Workers:
             self._pool, self._process = ThreadPoolExecutor(self.count - 1, "gpu_bp-worker"), os.getpid()
         with self.at_most(1):
             # in copies of the context: what NumPy says of overflows is a part of it
-            others = [self._pool.submit(copy_context().run, action) for action in actions[1:]]
+            others: list[Future[None]] = []
             try:
+                for action in actions[1:]:
+                    others.append(self._pool.submit(copy_context().run, action))
                 actions[0]()
             finally:
                 wait(others)
@@ -69,14 +77,22 @@ class Workers:
 
     @contextmanager
     def at_most(self, threads: int) -> Iterator[None]:
-        """Within it, products are worked on by so many threads at most."""
-        before = 1 if self._blas is None else self._blas.get_num_threads()
-        if threads >= before:
+        """Within it, products are worked on by so many threads at most, whoever else asks for what meanwhile."""
+        if self._blas is None:
             yield
             return
-        assert self._blas is not None
-        self._blas.set_num_threads(threads)
+        self._limit(threads, _LIMITS.append)
         try:
             yield
         finally:
-            self._blas.set_num_threads(before)
+            self._limit(threads, _LIMITS.remove)
+
+    def _limit(self, threads: int, change: Callable[[int], None]) -> None:
+        assert self._blas is not None
+        with _LOCK:
+            if len(_LIMITS) == 0:
+                _LIMITS.append(self._blas.get_num_threads())  # and this is what there was, and will be again
+            change(threads)
+            self._blas.set_num_threads(min(_LIMITS))
+            if len(_LIMITS) == 1:
+                _LIMITS.clear()

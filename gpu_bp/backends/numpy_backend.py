@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,8 @@ class HostNumbers:
         self._values: tuple[float, ...] = ()
         self._array = np.full(count, np.nan, dtype)
         self.arrays = [self._array[k : k + 1].reshape(()) for k in range(count)]
+        for array in self.arrays:
+            array.flags.writeable = False  # they are those of all steps: a twin that changes one would change them all
 
     def set(self, *steps: Sequence[float]) -> None:
         (values,) = steps  # one: see steps_at_once
@@ -72,6 +75,7 @@ class NumpyBackend:
         self._worker = 0
         self._calls: list[Action] | None = None  # of what is being recorded
         self._largest = 0  # of its products, in multiplications
+        self._recording = 0  # the thread that does so: what another asks for meanwhile is done
         self._zeros = {np.dtype(name): np.zeros(LOOK, name) for name in ("float32", "float64")}
 
     def libraries(self) -> dict[str, Any]:
@@ -97,7 +101,7 @@ class NumpyBackend:
 
     def record(self, run: Action, worker: int = 0) -> Action:
         kept: list[Action] = []
-        self._calls, self._worker, self._largest = kept, worker, 0
+        self._calls, self._worker, self._largest, self._recording = kept, worker, 0, get_ident()
         try:
             run()
         finally:
@@ -403,7 +407,7 @@ class NumpyBackend:
 
     def _do(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
         """Calls the function, or keeps the call where something is recorded."""
-        if self._calls is None:
+        if self._calls is None or self._recording != get_ident():
             function(*arguments, **keywords)
         else:
             self._calls.append(partial(function, *arguments, **keywords))
