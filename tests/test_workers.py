@@ -377,15 +377,15 @@ def test_after_a_step_that_failed(cut: bool, row: int, monkeypatch: pytest.Monke
 
 
 def test_arrays_with_gaps_are_not_recorded() -> None:
-    """Noise on inputs that are every other column of what changes."""
+    """Noise on inputs that are some columns of what changes."""
     noise = Noise(seed=1, input_noise=0.3)
     one, two = (step_of(NumpyBackend(), "squared_error", noise=noise) for _ in range(2))
     wide, rng = np.empty((ROWS, 8)), np.random.default_rng(0)
-    targets, view = rng.standard_normal((ROWS, 3)), wide[:, ::2]
+    targets, view = rng.standard_normal((ROWS, 3)), wide[:, :4]
     for _ in range(3):
         wide[...] = rng.standard_normal(wide.shape)
         one(Batch(view, targets, np.arange(ROWS)))
-        two(Batch(wide[:, ::2].copy(), targets, np.arange(ROWS)))
+        two(Batch(view.copy(), targets, np.arange(ROWS)))
     np.testing.assert_array_equal(one.objective.network.parameters, two.objective.network.parameters)
 
 
