@@ -133,7 +133,7 @@ def make(**sections: Any) -> Config:
 def trained(config: Config, dataset: Dataset, backend: Any) -> Trainer:
     """A training of one epoch and a bit, evaluated: all that it ever makes is there."""
     trainer = Trainer(config, backend, dataset)
-    for _ in islice(trainer.run(), 12):
+    for _ in islice(trainer.run(together=True), 12):
         pass
     trainer.evaluate()
     trainer.evaluate_average()

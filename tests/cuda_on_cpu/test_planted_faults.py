@@ -209,7 +209,7 @@ def test_mixed_dtypes() -> None:
         b.activate(tanh, single, None, double)
     with pytest.raises(TypeError, match="Type is mismatched"):
         b.activate(tanh, single, cupy.asarray(np.ones(4)), single)
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="no product of float32 and float64"):
         b.matmul(single, double, cupy.zeros((3, 3), np.float32), transpose_b=True)
     with pytest.raises(TypeError, match="dtype"):
         b.gather(double, rows, single)
@@ -231,7 +231,7 @@ def test_host_arrays() -> None:
         lambda: b.activate(tanh, device, None, host),
         lambda: b.activate(registry.activation("softmax"), device, None, host),
         lambda: b.hidden_delta(tanh, device, device, host, device),
-        lambda: b.matmul(host, device, device),
+        lambda: b.matmul(host, device, cupy.zeros((3, 3), np.float32), transpose_b=True),
         lambda: b.gather(device, np.arange(3), device),
         lambda: device.__setitem__(..., host),
         lambda: np.asarray(device),
@@ -240,7 +240,7 @@ def test_host_arrays() -> None:
         lambda: device[np.arange(2)],
     ]
     for call in calls:
-        with pytest.raises((TypeError, KeyError)):
+        with pytest.raises((TypeError, KeyError, AttributeError)):
             call()
 
 
@@ -251,7 +251,7 @@ def test_an_output_of_another_shape_or_order() -> None:
     small = cupy.zeros((3, 1), np.float32)
     with pytest.raises(ValueError, match="shape"):
         b.activate(ACTIVATIONS["tanh"], a, None, small)
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="is no product of shape"):
         b.matmul(a, a, small, transpose_b=True)
     with pytest.raises(ValueError, match="shape"):
         b.gather(a, cupy.asarray(np.arange(2)), a)
