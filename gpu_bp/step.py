@@ -163,8 +163,7 @@ class Step:
         share, used = self._shares[0], self._used
         if place not in self._places:
             small = sum(array.nbytes for array in batch.filled) <= SMALL
-            whole = all(array.flags.c_contiguous for array in batch.filled)
-            if whole and len(self._places) < (SMALL_PLACES if small else PLACES):
+            if len(self._places) < (SMALL_PLACES if small else PLACES):
                 self._places[place] = batch  # and so the arrays live on, and no others are taken for them
             else:
                 batch, place = share.take(batch, 0, batch.n), ()

@@ -246,12 +246,12 @@ class NumpyBackend:
             self._do(np.multiply, out, weights, out)
 
     def dropout(self, seed: int, step: Array, start: int, rate: float, x: Array, out: Array) -> None:
-        for (x_part, part), scratch in self._slices(x.reshape(-1), out.reshape(-1)):
+        for (x_part, part), scratch in self._slices(self._flat(x), out.reshape(-1)):
             self._do(calls.dropout, seed, step, start, rate, x_part, part, scratch)
             start += len(part)
 
     def input_noise(self, seed: int, step: Array, start: int, sd: float, x: Array, out: Array) -> None:
-        for (x_part, part), _ in self._slices(x.reshape(-1), out.reshape(-1)):
+        for (x_part, part), _ in self._slices(self._flat(x), out.reshape(-1)):
             self._do(calls.input_noise, seed, step, start, sd, x_part, part)
             start += len(part)
 
@@ -411,6 +411,14 @@ class NumpyBackend:
             function(*arguments, **keywords)
         else:
             self._calls.append(partial(function, *arguments, **keywords))
+
+    def _flat(self, x: Array) -> Array:
+        """All elements in a row; of an array with gaps a copy, which is made each time."""
+        if x.flags.c_contiguous:
+            return x.reshape(-1)
+        flat = np.empty(x.size, x.dtype)
+        self._do(np.copyto, flat.reshape(x.shape), x)
+        return flat
 
     def _tile(self, biases: Array | None, rows: int) -> Array | None:
         """The biases over and over, as rows: NumPy adds a few long rows faster than many short ones. None: not so."""
