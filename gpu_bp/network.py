@@ -23,7 +23,7 @@ from gpu_bp import registry
 from gpu_bp.backends import Backend, NumpyBackend
 from gpu_bp.errors import UserError
 from gpu_bp.noise import Draw, Noise
-from gpu_bp.precision import stored
+from gpu_bp.precision import PRECISIONS, stored
 from gpu_bp.spec import Activation, Array, Loss, RowActivation
 
 # Every named array begins at a multiple of this many elements: of 128 bytes or more, one memory transaction.
@@ -180,7 +180,7 @@ class Network:
         self.dtype = np.dtype(dtype)
         self.products = products
         self.factors = stored(products, self.dtype)
-        self._arithmetic = "tf32" if products == "tf32" else ""
+        self._arithmetic = PRECISIONS[products].arithmetic if products else ""
         self.layout = layout_of(widths, biases=biases, normalise=normalise)
         if self.layout.size > 2**48:
             raise MemoryError(f"a network of {self.layout.size:.1e} parameters")

@@ -111,9 +111,8 @@ class Step:
                 self._at_one_go(batch, place)
             else:
                 self._in_parts(batch)
-        except BaseException:  # as if there had been no step; what it has added to the loss is not known
-            optimizer.steps, self._counted = steps, -1
-            self._forget_sums_of_others()
+        except BaseException:
+            self._go_back(steps)
             raise
         objective.count(batch)
         if batch.last:
@@ -126,6 +125,11 @@ class Step:
         if self._counted != self.optimizer.steps:
             self._counted = self.optimizer.steps
             self._backend.fill(self._steps, self._counted)
+
+    def _go_back(self, steps: int) -> None:
+        """After so many steps, as if the one that failed had not been; what it has added to the loss is not known."""
+        self.optimizer.steps, self._counted = steps, -1
+        self._forget_sums_of_others()
 
     # How a batch is worked on
 
@@ -146,7 +150,7 @@ class Step:
         objective.check(first)
         self._rows, self._used = first.n, 0
         self._count()
-        self.optimizer.begin(1.0 if objective.weighs(batch) else 1 / first.n, steps)
+        before = self.optimizer.steps
 
         def run() -> None:
             for step, each in enumerate(batches):
@@ -154,7 +158,12 @@ class Step:
                 for (action,) in self._phases(each, 1, 1, step):
                     action()
 
-        self._record(("several", steps, first.n, *_kind_of(first), self._kind_of_update(first, 1)), run)()
+        try:
+            self.optimizer.begin(1.0 if objective.weighs(batch) else 1 / first.n, steps)
+            self._record(("several", steps, first.n, *_kind_of(first), self._kind_of_update(first, 1)), run)()
+        except BaseException:
+            self._go_back(before)
+            raise
         objective.count(batch)
         self._counted += steps
 

@@ -195,7 +195,7 @@ def test_rows_of_the_host(block_rows: int, residency: str, sampling: str) -> Non
 @pytest.mark.parametrize(("hidden", "rows"), [([1500, 1500], 50), ([100], 100_000)])
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_the_peak(hidden: list[int], rows: int, kind: str) -> None:
-    """Python's and NumPy's own count of all memory, from before the training to its third step, is within 15 %.
+    """Python's and NumPy's own count of all memory, from before the training to its third step, is within 8 %.
 
     Of a large network and few rows, the peak may be the drawing of the weights; a checkpoint is not written here.
     """
@@ -217,7 +217,7 @@ def test_the_peak(hidden: list[int], rows: int, kind: str) -> None:
         pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak == pytest.approx(expected, rel=0.15)
+    assert peak == pytest.approx(expected, rel=0.08)
 
 
 DEVICE = ["everything", "generated, shuffled", "generated, in order", "classes that weigh"]
@@ -325,7 +325,7 @@ LARGE: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_what_is_proposed_fits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And twice as many rows do not, where nobody asks beforehand."""
+    """And half as many rows again do not, where nobody asks beforehand."""
     sections, expected = LARGE[name]
     parsed, budget = make(**sections), 80 * 2**20
     with pytest.raises(UserError, match=r"the training needs .* 80.0 MiB are free and .* are missing; ") as caught:
@@ -340,7 +340,7 @@ def test_what_is_proposed_fits(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         key, _, number = change[-1].partition("=")
         if number.isdigit():
             with pytest.raises((MemoryError, UserError)):
-                start(changed(parsed, [*change[:-1], f"{key}={int(number) * 2}"]), budget)
+                start(changed(parsed, [*change[:-1], f"{key}={int(number) * 3 // 2}"]), budget)
     with pytest.raises((MemoryError, UserError)):
         start(parsed, budget)
 

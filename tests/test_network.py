@@ -185,7 +185,7 @@ def _assert_no_allocation(loss_name: str, update: str, dtype: str, phi: str, **p
     finally:
         tracemalloc.stop()
     # the least of the steps: the test runner's own threads allocate too, now and then
-    each = np.getbufsize() * np.dtype(dtype).itemsize + 6144
+    each = np.getbufsize() * np.dtype(dtype).itemsize + 4096
     assert min(peaks) < backend.division(objective.network.widths, rows).workers * each, "an array was made"
     assert sum(trace.size for trace in held.traces) < 100
 

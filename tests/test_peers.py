@@ -251,11 +251,11 @@ def test_who_does_not_learn_is_told(kind: tuple[str, str, str]) -> None:
 @pytest.mark.parametrize("peer", [peer for peer in PEERS if "cpu" in peer.devices], ids=lambda peer: peer.name)
 def test_losses_of_peers(peer: Peer, kind: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same as ours; what is compiled runs as it is written."""
-    pytest.importorskip(peer.library)
+    pytest.importorskip(peer.package)
     cell = Cell(3, 6, 5, *kind)
     side = make(peer, cell, monkeypatch)
     ours = Ours(cell, "cpu").losses(CURVE)
-    apart = 2e-5 if peer.library == "sklearn" else 2e-6  # its Adam adds epsilon before it corrects the mean square
+    apart = 2e-5 if peer.package == "sklearn" else 2e-6  # its Adam adds epsilon before it corrects the mean square
     for _ in range(2):
         assert difference(side.losses(CURVE), ours) < apart
         side.begin()
@@ -265,7 +265,7 @@ def test_losses_of_peers(peer: Peer, kind: tuple[str, str, str], monkeypatch: py
 
 def make(peer: Peer, cell: Cell, monkeypatch: pytest.MonkeyPatch) -> Any:
     module = pytest.importorskip(peer.module)
-    if peer.library == "torch":
+    if peer.package == "torch":
         monkeypatch.setattr(module.torch, "compile", lambda function=None, **_: function or (lambda f: f))
     return getattr(module, peer.make)(cell, "cpu", **peer.options)
 

@@ -89,7 +89,7 @@ class Bench:
     """The processes of all sides. `left_out`: peers that are not measured at all, and why."""
 
     def __init__(self, device: str, scratch: Path, peers: Sequence[Peer], ours: Peer) -> None:
-        self.left_out = {peer.name: f"{peer.library} is not installed" for peer in peers if not peer.installed}
+        self.left_out = {peer.name: f"{peer.package} is not installed" for peer in peers if not peer.installed}
         self.sides = [ours, *(peer for peer in peers if peer.installed)]
         self.processes = {side.name: Process(side, device, scratch) for side in self.sides}
         self.ours = ours.name
@@ -148,7 +148,7 @@ class Bench:
             else:
                 result.peers[name] = middle
             return
-        library = name if mine else next(side.library for side in self.sides if side.name == name)
+        library = name if mine else next(side.package for side in self.sides if side.name == name)
         result.gemm_quartiles[library] = [first, third]
         if mine:
             result.gemm_seconds = middle
@@ -183,7 +183,7 @@ def bench(device: str, peers: Sequence[Peer] = PEERS, ours: Peer = OURS) -> Iter
 def _versions(sides: Sequence[Peer]) -> dict[str, Any]:
     names = {"sklearn": "scikit-learn"}
     found: dict[str, Any] = {"python": platform.python_version()}
-    for package in dict.fromkeys(["gpu_bp", "numpy", "cupy-cuda13x", "cupy-cuda12x", *(s.library for s in sides)]):
+    for package in dict.fromkeys(["gpu_bp", "numpy", "cupy-cuda13x", "cupy-cuda12x", *(s.package for s in sides)]):
         try:
             found[package] = metadata.version(names.get(package, package))
         except metadata.PackageNotFoundError:

@@ -80,7 +80,7 @@ def cores() -> int:
 
 @dataclass(frozen=True)
 class Peer:
-    """How to make a side: the class `make` of a module, with these options, where the `library` is installed.
+    """How to make a side: the class `make` of a module, with these options, where the `package` is installed.
 
     `column` of the table; `products`: whether it is asked for the products of its library, of which it is the first;
     `on_request`: devices on which it is measured only where it is asked for.
@@ -88,7 +88,7 @@ class Peer:
 
     name: str
     column: str
-    library: str
+    package: str
     module: str
     make: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Peer:
 
     @property
     def installed(self) -> bool:
-        return find_spec(self.library) is not None
+        return find_spec(self.package) is not None
 
 
 def _torch(name: str, column: str, make: str, devices: tuple[str, ...] = ("cuda",), **options: Any) -> Peer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -65,10 +65,12 @@ def adjust_scale(
     good[0] = run % every
 
 
-def watch(parts: Sequence[tuple[Array, Array]], total: Array, steps: Array, flag: Array) -> None:
-    finite = math.isfinite(total.item())
-    for part, zeros in parts:
-        finite = finite and part.dot(zeros) == 0
+def watch(gradients: Array, zeros: Array, total: Array, steps: Array, flag: Array) -> None:
+    """As many elements at a time as there are zeros: 0 times what is finite is 0, and 0 times anything else is NaN."""
+    n, finite = len(zeros), math.isfinite(total.item())
+    for start in range(0, len(gradients), n):
+        part = gradients[start : start + n]
+        finite = finite and part.dot(zeros[: len(part)]) == 0
     if not finite and not is_set(flag):
         flag[0] = steps[0] + 1
 

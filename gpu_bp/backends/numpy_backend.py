@@ -283,9 +283,7 @@ class NumpyBackend:
         self._do(calls.adjust_scale, scale, good, skip, steps, flag, every, least, most)
 
     def watch(self, gradients: Array, total: Array, steps: Array, flag: Array) -> None:
-        # 0 times what is finite is 0, and 0 times anything else is NaN
-        parts = [gradients[start : start + LOOK] for start in range(0, len(gradients), LOOK)]
-        self._do(calls.watch, [(part, self._zeros[part.dtype][: len(part)]) for part in parts], total, steps, flag)
+        self._do(calls.watch, gradients, self._zeros[gradients.dtype][: max(1, len(gradients))], total, steps, flag)
 
     def limit_norms(self, weights: Array, most: float, flag: Array | None = None) -> None:
         slices = list(self._slices(weights))

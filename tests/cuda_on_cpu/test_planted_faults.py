@@ -231,7 +231,6 @@ def test_host_arrays() -> None:
         lambda: b.activate(tanh, device, None, host),
         lambda: b.activate(registry.activation("softmax"), device, None, host),
         lambda: b.hidden_delta(tanh, device, device, host, device),
-        lambda: b.matmul(host, device, cupy.zeros((3, 3), np.float32), transpose_b=True),
         lambda: b.gather(device, np.arange(3), device),
         lambda: device.__setitem__(..., host),
         lambda: np.asarray(device),
@@ -240,8 +239,10 @@ def test_host_arrays() -> None:
         lambda: device[np.arange(2)],
     ]
     for call in calls:
-        with pytest.raises((TypeError, KeyError, AttributeError)):
+        with pytest.raises((TypeError, KeyError)):
             call()
+    with pytest.raises(AttributeError, match="ptr"):  # an array of the host has no address on the device
+        b.matmul(host, device, cupy.zeros((3, 3), np.float32), transpose_b=True)
 
 
 def test_an_output_of_another_shape_or_order() -> None:
