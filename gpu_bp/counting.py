@@ -23,6 +23,9 @@ from gpu_bp.data.sources import GeneratedSource, SameRows, arrays, empty, on_dev
 from gpu_bp.formula import Program
 from gpu_bp.spec import Array
 
+# For these a backend keeps nothing for itself.
+WITHOUT_SCRATCH = ("copy", "fill", "gather", "matmul", "add", "advance")
+
 
 class Counting:
     """A backend that makes arrays without memory, and counts them for the part of the training that is being made.
@@ -98,6 +101,8 @@ class Counting:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         def operation(*arguments: Any, **keywords: Any) -> None:
+            if name in WITHOUT_SCRATCH:
+                return
             arrays = [x for x in arguments if isinstance(x, np.ndarray) and x.dtype.kind in "fV" and x.size]
             for array in arrays[:1]:  # what is stored in fewer bits is worked on in float32
                 dtype = np.dtype(np.float32) if array.itemsize == 2 else array.dtype
