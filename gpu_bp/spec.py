@@ -51,6 +51,7 @@ class Scratch(Protocol):
     row_b: np.ndarray  # (rows, 1)
     row_index: np.ndarray  # (rows,) int64
     row_start: np.ndarray  # (rows,) int64: the flat index of each row's first element
+    column_ones: np.ndarray  # (columns, 1), for sums of rows: 1, and to stay so
 
 
 @dataclass(frozen=True)

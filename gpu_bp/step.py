@@ -89,6 +89,8 @@ class Step:
         self._recorded: dict[tuple[object, ...], Action] = {}
         self._plans: dict[tuple[object, ...], list[list[_Part]]] = {}
         self._places: dict[tuple[int | None, ...], Batch] = {}
+        # of those recordings the ones that are a whole step, by the place of its batch and the kind of average
+        self._whole: dict[tuple[object, ...], Action] = {}
         # a place, the batch that lay there first, without which others could take its place, and those of its steps
         self._several_at: tuple[tuple[int | None, ...], Batch, list[Batch]] | None = None
 
@@ -101,13 +103,16 @@ class Step:
             objective.check(batch)
         if batch.place == 0:
             self._rows = self._used = 0
+        whole = self._whole.get((place, *self._kind_of_average())) if batch.last and not batch.place else None
         self._rows += len(batch.inputs)
         self._count()
         steps = optimizer.steps
         try:
             if batch.last:
                 optimizer.begin(1.0 if objective.weighs(batch) else 1 / self._rows)  # 1 / total weight
-            if len(batch.inputs) <= self._part_rows:
+            if whole is not None:
+                whole()
+            elif len(batch.inputs) <= self._part_rows:
                 self._at_one_go(batch, place)
             else:
                 self._in_parts(batch)
@@ -193,7 +198,10 @@ class Step:
                 for (action,) in self._phases(batch, max(1, used), 1):
                     action()
 
-        self._record(key, run)()
+        action = self._record(key, run)
+        if place and batch.last and not batch.place:
+            self._whole[place, *self._kind_of_average()] = action
+        action()
         self._used = max(1, used)
 
     def _in_parts(self, batch: Batch) -> None:
@@ -233,6 +241,7 @@ class Step:
             if len(self._recorded) >= RECORDINGS:
                 self._recorded.clear()
                 self._plans.clear()
+                self._whole.clear()
             self._recorded[key] = self._backend.record(run, worker)
         return self._recorded[key]
 
@@ -250,8 +259,12 @@ class Step:
             )
 
     def _kind_of_update(self, batch: Batch, used: int) -> tuple[object, ...]:
-        average, rows = self.average, self._rows if self._clip_norm else 0
-        return used, self.objective.weighs(batch), rows, average and (average, average.begun)
+        rows = self._rows if self._clip_norm else 0
+        return used, self.objective.weighs(batch), rows, *self._kind_of_average()
+
+    def _kind_of_average(self) -> tuple[object, ...]:
+        average = self.average
+        return average, average is not None and average.begun
 
     def _phases(self, batch: Batch, used: int, workers: int, step: int = 0) -> list[list[Action]]:
         """The update of a step whose gradients stand in the first shares: what must be done before what.

@@ -49,7 +49,8 @@ def logistic(v: np.ndarray, out: np.ndarray, s: Scratch) -> None:
 
 def zero_where(mask: np.ndarray, x: np.ndarray, out: np.ndarray, s: Scratch) -> None:
     """`out` = 0 where the mask is set, else x, whatever that is. Uses s.a."""
-    np.subtract(mask.view(np.int8), 1, out=s.bits)  # no bit, or all of them
+    np.copyto(s.bits, mask)
+    np.subtract(s.bits, 1, out=s.bits)  # no bit, or all of them
     np.bitwise_and(x.view(s.bits.dtype), s.bits, out=out.view(s.bits.dtype))
 
 

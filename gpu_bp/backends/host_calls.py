@@ -12,7 +12,7 @@ from gpu_bp.registry import Purpose, element_of_step, normals
 from gpu_bp.registry import dropout as dropout_of
 from gpu_bp.spec import Array
 
-FEW = 2048  # elements to be added
+FEW = 2**13  # elements to be added
 
 
 def is_set(flag: Array | None) -> bool:

@@ -40,6 +40,7 @@ class Scratch:
     row_a = cached_property(lambda self: np.empty((self._shape[0], 1), self._dtype))
     row_b = cached_property(lambda self: np.empty((self._shape[0], 1), self._dtype))
     row_index = cached_property(lambda self: np.empty(self._shape[0], np.int64))
+    column_ones = cached_property(lambda self: np.ones((self._shape[1], 1), self._dtype))
     row_start = cached_property(lambda self: np.arange(self._shape[0]) * self._shape[1])
 
 

@@ -23,7 +23,7 @@ WORKER = 12_000_000  # the least work for each worker, in multiplications: about
 WORKER_ROWS = 128  # and the least rows, since each worker has a gradient of all weights to make
 FORMULAS = 80  # what the formulas of a unit take for a row, forward and back, in multiplications
 PART_ROWS, PART_NUMBERS = 512, 2**17  # a part has so many rows, or so many numbers in its widest layer
-BLAS_SMALL = 2**18  # products that OpenBLAS works on by a single thread anyway, likewise
+BLAS_SMALL = 2**18  # products up to here OpenBLAS works on by a single thread anyway, likewise
 BLAS_THREAD = 2**21  # the least work of a product for each thread of BLAS, in multiplications
 
 

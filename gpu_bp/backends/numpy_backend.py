@@ -38,6 +38,8 @@ from gpu_bp.registry import (
 )
 from gpu_bp.spec import Activation, Array, FreeLoss, FusedLoss, GroupedLoss, Loss, Penalty, RowActivation, Update
 
+LARGE = float(np.finfo(np.float32).max) / 2  # numbers that are smaller fit every dtype
+
 
 class HostNumbers:
     """Numbers that are read where they are: see `gpu_bp.backends.base.Numbers`.
@@ -54,9 +56,13 @@ class HostNumbers:
 
     def set(self, *steps: Sequence[float]) -> None:
         (values,) = steps  # one: see steps_at_once
-        if values != self._values:
-            self._values = tuple(values)
-            with np.errstate(over="ignore"):
+        if values == self._values:
+            return
+        self._values = tuple(values)
+        if max(map(abs, values)) < LARGE:
+            self._array[:] = self._values
+        else:
+            with np.errstate(over="ignore"):  # which takes longer than all the rest
                 self._array[:] = self._values
 
 
@@ -116,7 +122,7 @@ class NumpyBackend:
             with self._workers.at_most(threads):
                 play()
 
-        return play if self._largest < host_threads.BLAS_SMALL or threads >= self._workers.count else play_within
+        return play if self._largest <= host_threads.BLAS_SMALL or threads >= self._workers.count else play_within
 
     def together(self, actions: Sequence[Action]) -> None:
         self._workers.together(actions)
