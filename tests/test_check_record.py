@@ -221,6 +221,11 @@ def dividing(w: Any, g: Any, mean: Any, s: Any, rate: float, rest: float) -> Non
     np.divide(g, mean, out=mean)
 
 
+def changing_a_number(w: Any, g: Any, mean: Any, s: Any, rate: Any, rest: float) -> None:
+    _update(w, g, mean, s, rate, rest)
+    rate *= 2
+
+
 def no_scalars(step: int, learning_rate: float, beta: float) -> dict[str, float]:
     return {"rat": learning_rate, "rest": 1 - beta}
 
@@ -300,6 +305,7 @@ TWINS: dict[str, tuple[Any, str]] = {
     "endless scalars": (replace(averaged, scalars=endless), "scalars: rest is inf at step 10000000"),
     "a name twice": (replace(averaged, state=("rate",)), "must be names, none of them twice and none w or g"),
     "writes s.a": (twin(averaged, "update", writing_s_a), "writes s.a, where g lives: for "),
+    "changes a number": (twin(averaged, "update", changing_a_number), "update: its twin fails .* read-only"),
     "uphill": (
         twin(averaged, "update", steps(lambda w, g, *_, **__: np.negative(g, out=g), _update)),
         "update: the first step goes uphill: w from",
