@@ -61,7 +61,7 @@ def uniforms(backend: Backend) -> Ratio:
 
     if backend.name == "numpy":
         generator = np.random.Generator(np.random.Philox(1))
-        ours, numpys = alternate(backend, [fill, lambda: generator.random(out=out)])  # type: ignore[arg-type, func-returns-value, list-item]
+        ours, numpys = alternate(backend, [fill, lambda: generator.random(out=out)])
         return Ratio("uniforms, of the speed of numpy.random.Generator(Philox)", numpys / ours, 0.6, least=True)
     other = backend.zeros((FILL,), np.float64)
 
@@ -87,7 +87,7 @@ def generated_batch(backend: Backend) -> Ratio:
         Optimizer(registry.update("adam"), network, constant(1e-3)),
     )
     batch = next(batches)
-    making, stepping = alternate(backend, [lambda: next(batches) and None, lambda: step(batch)])
+    making, stepping = alternate(backend, [lambda: next(batches), lambda: step(batch)])
     limit = 0.1 if backend.name == "numpy" else 0.05
     return Ratio(f"a generated batch of {BATCH} x {N_INPUTS}, of a step of 3 x {WIDTH}", making / stepping, limit)
 
@@ -95,7 +95,8 @@ def generated_batch(backend: Backend) -> Ratio:
 class Counted:
     """Rows that cost nothing to make: a `Reader` of as many as are asked for."""
 
-    n_inputs, n_targets, classes, binary, block_rows, where = N_INPUTS, 1, (), False, 1024, "counted rows"
+    n_inputs, n_targets, binary, weighted, block_rows, where = N_INPUTS, 1, False, False, 1024, "counted rows"
+    classes: tuple[str, ...] = ()
 
     def __init__(self, n_rows: int) -> None:
         self.n_rows = n_rows

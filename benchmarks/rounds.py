@@ -13,7 +13,7 @@ ROUND_SECONDS = 0.2
 
 
 def alternate(
-    backend: Backend, calls: Sequence[Callable[[], None]], rounds: int = ROUNDS, seconds: float | None = None
+    backend: Backend, calls: Sequence[Callable[[], object]], rounds: int = ROUNDS, seconds: float | None = None
 ) -> list[float]:
     """Seconds a call, the median of rounds that take the calls in turn, for so many seconds each.
 
@@ -21,7 +21,7 @@ def alternate(
     """
     wanted = ROUND_SECONDS if seconds is None else seconds
 
-    def once(call: Callable[[], None], n: int) -> float:
+    def once(call: Callable[[], object], n: int) -> float:
         begin = time.perf_counter()
         for _ in range(n):
             call()

@@ -66,7 +66,7 @@ class Result:
     def report(self) -> dict[str, Any]:
         """Fit for JSON, the cell's names beside the rest."""
         values = asdict(self)
-        return values.pop("cell") | values
+        return {**values.pop("cell"), **values}
 
 
 def difference(losses: Sequence[float], ours: Sequence[float]) -> float:
@@ -120,8 +120,8 @@ class Bench:
             for side in list(sides):
                 with self._or_left_out(side, result):
                     for what in ("step", "products") if side.products else ("step",):
-                        taken = self.processes[side.name].seconds(what, seconds)
-                        times.setdefault((what, side.name), []).append(taken)
+                        one = self.processes[side.name].seconds(what, seconds)
+                        times.setdefault((what, side.name), []).append(one)
                 if side.name in result.left_out:
                     sides.remove(side)
         if busy is not None and (now := machine_cpu_seconds()) is not None:

@@ -41,6 +41,7 @@ class Ours(Side):
 
     def begin(self) -> None:
         for layer, (weights, biases) in zip(self.network.layers, parameters(self.cell), strict=True):
+            assert layer.biases is not None
             layer.weights[...], layer.biases[...] = self.put(weights), self.put(biases)
         for array in self.optimizer.state.values():
             array.fill(0)

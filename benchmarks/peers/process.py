@@ -154,8 +154,8 @@ def _measure(pipe: Connection, make: Callable[[], Side]) -> None:
             calls[what] = side.products()
         taken = seconds_a_call(calls[what], side.wait, budget)
         # since the last answer: threads may spin for a while after it, and that is no other work of the machine
-        before, worked = worked, time.process_time()
-        pipe.send((taken / steps if what == "step" else taken, worked - before))
+        last, worked = worked, time.process_time()
+        pipe.send((taken / steps if what == "step" else taken, worked - last))
     pipe.send(None)
 
 

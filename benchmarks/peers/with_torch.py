@@ -53,13 +53,13 @@ class Torch(Side):
         """What the optimizer keeps beside the parameters."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def begin(self) -> None:
-        for k, pair in enumerate(parameters(self.cell)):
-            for p, x in zip(self.parameters[2 * k :], pair, strict=False):
-                p.copy_(torch.from_numpy(x))
-        for x in self.state():
-            x.zero_()
+        with torch.no_grad():
+            for k, pair in enumerate(parameters(self.cell)):
+                for p, x in zip(self.parameters[2 * k :], pair, strict=False):
+                    p.copy_(torch.from_numpy(x))
+            for kept in self.state():
+                kept.zero_()
 
     def step(self) -> None:
         self.on(*next(self.batches))
@@ -74,7 +74,7 @@ class Torch(Side):
 
     def read_loss(self) -> float:
         """A step's: `losses` reads each."""
-        loss = self.total.item()
+        loss = float(self.total)
         self.total.zero_()
         return loss
 
@@ -152,13 +152,12 @@ class Whole(Torch):
         gradient_and_loss = torch.func.grad_and_value(loss_of)
         update = _sgd if cell.optimizer == "sgd" else _adam
 
-        @torch.compile(fullgraph=True, dynamic=False)
         def step(parameters: Any, moments: Any, count: Any, total: Any, inputs: Any, targets: Any) -> None:
             gradients, loss = gradient_and_loss(parameters, inputs, targets)
             total.add_(loss)
             update(cell.rate, parameters, gradients, count, *moments)
 
-        self.compiled = step
+        self.compiled = torch.compile(step, fullgraph=True, dynamic=False)
         self.begin()
 
     def on(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
