@@ -95,7 +95,7 @@ def seconds_a_step(backend: Backend, steps: Iterator[object], saving: Saving | N
     """Over a round that begins with a checkpoint, or has none."""
     backend.synchronize()
     begin, taken = time.perf_counter(), 0
-    while time.perf_counter() - begin < ROUND_SECONDS:
+    while taken == 0 or time.perf_counter() - begin < ROUND_SECONDS:
         next(steps)
         taken += 1
         if saving is not None:

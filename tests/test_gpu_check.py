@@ -12,8 +12,7 @@ import pytest
 from conftest import ROOT, bike_sharing
 from cuda_on_cpu.backend import cupy_on_cpu
 
-from benchmarks import curves, data, gpu_check, graphs, rounds, step
-from benchmarks.peers.cells import Cell
+from benchmarks import curves, gpu_check, graphs
 from gpu_bp.backends import Backend, NumpyBackend
 
 NO_RESULT = "No result from a real device exists yet."
@@ -104,34 +103,6 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setattr("gpu_bp.backends._cupy", lambda: (None, "planted"))
     assert gpu_check.main([]) == 2
     assert "planted" in capsys.readouterr().err
-
-
-def test_step_benchmark(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs, and its table has a line a cell; what it measures is not judged here."""
-    monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.0)
-    floor = step.measure(backend, Cell(3, 8, 4, "tanh", "adam", "squared_error"))
-    assert floor.seconds > 0 < floor.gemm_seconds
-    assert step.table([floor]).count("\n") == 2
-
-
-def test_watch_benchmark(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Likewise."""
-    monkeypatch.setattr(step, "WATCH_ROUNDS", 3)
-    monkeypatch.setattr(step, "WATCHED", (([2, 3, 1], 4, 0.01),))
-    ratios = step.run_watched(backend)
-    assert [ratio.limit for ratio in ratios] == [None, 0.01]
-    assert all(ratio.value and ratio.value > 0 for ratio in ratios)
-
-
-def test_data_benchmark(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs, and says what was not measured; what it measures is not judged here."""
-    monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.0)
-    for name, small in (("FILL", 1000), ("BATCH", 16), ("WIDTH", 8)):
-        monkeypatch.setattr(data, name, small)
-    ratios = data.run(backend, gib=0.001)
-    assert all(ratio.value is None or ratio.value > 0 for ratio in ratios)
-    assert ("not measured" in data.table(ratios)) == (backend.name == "numpy")
-    assert len(ratios) == (6 if backend.name == "numpy" else 2)
 
 
 def test_what_is_said_of_real_devices_is_true() -> None:
