@@ -19,11 +19,11 @@ from benchmarks.curves import CHANGED
 from cuda_on_cpu import codegen
 from cuda_on_cpu.backend import MODULE, cupy_backend_module, cupy_on_cpu
 from cuda_on_cpu.fake_cupy import FakeCupy
+from cuda_on_cpu.steps import make_batch, make_step
 from cuda_on_cpu.test_kernels_on_cpu import dtypes, orders
-from gpu_bp import Batch, Network, Objective, Optimizer, Step, Trainer, load_config, registry
+from gpu_bp import Network, Optimizer, Trainer, load_config, registry
 from gpu_bp.backends import Backend, NumpyBackend
-from gpu_bp.schedule import constant, linear
-from gpu_bp.spec import FusedLoss
+from gpu_bp.schedule import linear
 
 pytestmark = pytest.mark.kernels
 
@@ -85,25 +85,6 @@ def test_matmul(sizes: tuple[int, int, int], dtype: str) -> None:
 
 
 # A step ----------------------------------------------------------------------------------------------------
-
-
-def make_step(b: Backend, loss_name: str, update: str, *, rate: Any = None, dtype: str = "float64") -> Step:
-    """A step of a network 3-4-2 whose parameters and loss are the same on every backend."""
-    loss = registry.loss(loss_name)
-    last = loss.output_activation if isinstance(loss, FusedLoss) else "identity"
-    network = Network([3, 4, loss.n_outputs(2)], ["silu", last], backend=b, dtype=dtype)
-    rng = np.random.default_rng(1)
-    network.load({name: 0.5 * rng.standard_normal(shape) for name, shape in network.layout.shapes.items()})
-    optimizer = Optimizer(registry.update(update), network, rate or constant(0.1))
-    return Step(Objective(network, loss, 8), optimizer)
-
-
-def make_batch(b: Backend, loss_name: str, rows: int, dtype: str = "float64") -> Batch:
-    rng = np.random.default_rng(2)
-    inputs = rng.standard_normal((8, 3)).astype(dtype)[:rows]
-    classes = registry.loss(loss_name).targets == "classes"
-    targets = np.arange(8)[:rows] % 2 if classes else rng.uniform(0, 1, (8, 2)).astype(dtype)[:rows]
-    return Batch(b.to_device(inputs), b.to_device(targets), b.to_device(np.arange(rows)))
 
 
 def parameters_after(b: Backend, loss: str, update: str, *, rate: Any = None) -> tuple[np.ndarray, float]:

@@ -1,20 +1,18 @@
 """Steps that are captured in a CUDA graph and replayed: the same bits as steps that are asked for one by one, whatever
-the step has in it, and whatever fails on the way there."""
+the step has in it. (What fails on the way there: test_graph_faults.py.)"""
 
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-import gpu_bp.backends
 from cuda_on_cpu.backend import cupy_backend_module
 from cuda_on_cpu.fake_cupy import FakeCupy
-from cuda_on_cpu.test_backend_on_cpu import make_batch, make_step
+from cuda_on_cpu.steps import assert_same_bits, backends, make_batch, make_step, state_of
 from gpu_bp import Network, Objective, Optimizer, Step, Trainer, parse_config, registry
 from gpu_bp.average import Average
 from gpu_bp.data.source import Batch
@@ -26,26 +24,6 @@ pytestmark = pytest.mark.kernels
 
 # Each number of rows often enough to be captured, and replayed; one not.
 ROWS = (8, 8, 5, 8, 5, 8, 5, 8, 1, 8)
-
-
-def backends(**options: Any) -> Iterator[tuple[Any, FakeCupy]]:
-    """One that captures, and one that does not."""
-    for graphs in (True, False):
-        cupy = FakeCupy(**options)
-        yield cupy_backend_module(cupy).CupyBackend(graphs=graphs), cupy
-
-
-def state_of(step: Step) -> list[np.ndarray]:
-    """All that a training goes on with, on the host."""
-    network, average = step.objective.network, step.average
-    arrays = [network.parameters, step.objective.gradients, *step.optimizer.state.values()]
-    arrays += [average.network.parameters] if average else []
-    return [*map(network.backend.to_host, arrays), np.array(step.objective.mean_loss(reset=False))]
-
-
-def assert_same_bits(one: list[np.ndarray], two: list[np.ndarray]) -> None:
-    for a, b in zip(one, two, strict=True):
-        assert a.tobytes() == b.tobytes()
 
 
 @pytest.mark.parametrize("update", list(registry.UPDATES))
@@ -295,157 +273,3 @@ def test_what_others_ask_of_the_device_keeps_its_place() -> None:
                 parameters *= 0.5
             states.append(state_of(step))
     assert_same_bits(*states)
-
-
-# What fails ------------------------------------------------------------------------------------------------
-
-
-class NoGraphError(Exception):
-    """Planted."""
-
-
-def trained(b: Any) -> list[np.ndarray]:
-    step, batch = make_step(b, "squared_error", "momentum"), make_batch(b, "squared_error", 8)
-    for _ in range(5):
-        step(batch)
-    return state_of(step)
-
-
-def waits(self: Any, *arguments: Any) -> None:
-    """What does something that no graph can hold, after half of the step."""
-    self.synchronize()
-    self.watched(*arguments)
-
-
-def begin(self: Any) -> None:
-    raise NoGraphError("no capture begins")
-
-
-def end(self: Any) -> Any:
-    self._device.recording = None
-    raise NoGraphError("the capture was not valid")
-
-
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        ("waits", "synchronisations during a capture"),
-        ("begin_capture", "no capture begins"),
-        ("end_capture", "the capture was not valid"),
-    ],
-)
-def test_a_capture_that_fails(
-    fault: str, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Every step is taken once all the same, and why is said once, in words; what comes later can still be captured."""
-    (b, cupy), (plain, _) = backends()
-    wanted = trained(plain)
-    stream = type(cupy.cuda.Stream())
-    with monkeypatch.context() as planted, caplog.at_level(logging.WARNING, "gpu_bp"):
-        if fault == "waits":
-            planted.setattr(type(b), "watched", type(b).watch, raising=False)
-            planted.setattr(type(b), "watch", waits)
-        else:
-            planted.setattr(stream, fault, {"begin_capture": begin, "end_capture": end}[fault])
-        for _ in range(2):
-            assert_same_bits(trained(b), wanted)
-    assert cupy.device.counts["graphs"] == 0
-    assert [record.getMessage() for record in caplog.records] == [
-        f"steps are not captured in a CUDA graph, which would be faster: {words}"
-    ]
-    assert_same_bits(trained(b), wanted)
-    assert (cupy.device.counts["graphs"], b.captures.count) == (4, 1)
-
-
-def test_an_interrupt_leaves_no_capture_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is raised as ever, and the step may be taken again."""
-    (b, cupy), (plain, _) = backends()
-    step, batch = make_step(b, "squared_error", "sgd"), make_batch(b, "squared_error", 8)
-    step(batch)
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as planted:
-        planted.setattr(type(b), "watch", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            step(batch)
-    step.optimizer.steps = 1
-    step.objective.rows = 8
-    for _ in range(4):
-        step(batch)
-    assert_same_bits(state_of(step), trained_sgd(plain))
-    assert cupy.device.counts["graphs"] == 4
-
-
-def trained_sgd(b: Any) -> list[np.ndarray]:
-    step, batch = make_step(b, "squared_error", "sgd"), make_batch(b, "squared_error", 8)
-    for _ in range(5):
-        step(batch)
-    return state_of(step)
-
-
-def test_a_launch_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody knows what it has done: the error is told."""
-    cupy = FakeCupy()
-    b = cupy_backend_module(cupy).CupyBackend()
-    step, batch = make_step(b, "squared_error", "sgd"), make_batch(b, "squared_error", 8)
-    for _ in range(2):
-        step(batch)
-    before = state_of(step)[0]
-    monkeypatch.setattr(cupy.device, "launch", lambda call: (_ for _ in ()).throw(NoGraphError("launch failed")))
-    with pytest.raises(NoGraphError, match="launch failed"):
-        step(batch)
-    assert_same_bits([before], state_of(step)[:1])
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (ModuleNotFoundError("No module named 'nvmath'"), "nvmath-python is not installed (pip install"),
-        (RuntimeError("no libcublas\nsecond line"), "nvmath-python cannot be used: no libcublas"),
-    ],
-)
-def test_without_the_bindings(error: Exception, words: str, caplog: pytest.LogCaptureFixture) -> None:
-    """CuPy multiplies, nothing is captured, and it is said why, once."""
-    cupy = FakeCupy()
-    module = cupy_backend_module(cupy)
-
-    def bindings() -> Any:
-        raise error
-
-    module.bindings = bindings
-    b = module.CupyBackend()
-    with caplog.at_level(logging.WARNING, "gpu_bp"):
-        assert module.why_unusable() is None
-        states = [trained(b), trained(b)]
-    assert_same_bits(*states)
-    assert (cupy.device.counts["graphs"], b.captures.count) == (0, 0)
-    assert words in b.captures.refused
-    assert len(caplog.records) == 1
-    assert words in caplog.text
-    assert "\nsecond" not in caplog.text
-    assert b.libraries()["products"] == "cupy"
-    for got, wanted in zip(states[0], trained(cupy_backend_module().CupyBackend()), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-12)
-
-
-def test_no_graphs_as_asked(caplog: pytest.LogCaptureFixture) -> None:
-    """Which is nothing to be told."""
-    cupy = FakeCupy()
-    b = cupy_backend_module(cupy).CupyBackend(graphs=False)
-    trained(b)
-    assert (cupy.device.counts["graphs"], caplog.records) == (0, [])
-    assert b.libraries()["products"] != "cupy"
-
-
-@pytest.mark.parametrize(("value", "graphs"), [(None, 4), ("1", 4), ("0", 0)])
-def test_the_environment_says_no(value: str | None, graphs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For whoever looks for a fault."""
-    cupy = FakeCupy()
-    monkeypatch.setattr(gpu_bp.backends, "cupy_backend", cupy_backend_module(cupy), raising=False)
-    monkeypatch.delenv("GPU_BP_GRAPHS", raising=False)
-    if value is not None:
-        monkeypatch.setenv("GPU_BP_GRAPHS", value)
-    trained(gpu_bp.backends.select("cupy")[0])
-    assert cupy.device.counts["graphs"] == graphs

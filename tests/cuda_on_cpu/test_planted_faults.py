@@ -15,7 +15,7 @@ from cuda_on_cpu.device import CaptureError, OutOfBoundsError
 from cuda_on_cpu.fake_cublas import CublasError
 from cuda_on_cpu.fake_cupy import FakeCupy
 from cuda_on_cpu.nvrtc import compile_kernel
-from cuda_on_cpu.test_backend_on_cpu import make_batch, make_step
+from cuda_on_cpu.steps import make_batch, make_step
 from cuda_on_cpu.test_kernels_compile import faults
 from cuda_on_cpu.test_kernels_on_cpu import (
     ACTIVATIONS,
