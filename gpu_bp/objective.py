@@ -19,6 +19,8 @@ from gpu_bp.spec import Array, Loss
 class Objective:
     """A loss of a network, over batches of up to `batch_size` rows, and its gradient.
 
+    Where a `Step` cuts batches into parts, `signals`, `losses` and `last_weights` are theirs, and nothing is set here.
+
     Args:
         backward: False evaluates only; there are no gradients then.
         keep_net_inputs: every layer's net input stands in an array of its own, for whoever wants to look at it.
