@@ -19,7 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gpu_bp import Trainer, parse_config, select
+from benchmarks.options import at_least, backend_for
+from gpu_bp import Trainer, parse_config
 from gpu_bp.backends import Backend
 from gpu_bp.checkpoint import CheckpointFolder
 from gpu_bp.run_folder import RunFolder
@@ -107,11 +108,10 @@ def seconds_a_step(backend: Backend, steps: Iterator[object], saving: Saving | N
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=at_least(1), default=15)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    backend, why = select(options.backend)
-    print(why)
+    backend = backend_for(parser, options.backend)
     cost = measure(backend, options.rounds)
     print(f"a step: {cost.step:.3f} ms, with a checkpoint a second {cost.step_with:.3f} ms")
     print(f"ratio {cost.ratio:.4f}, of the fastest rounds {cost.ratio_of_fastest:.4f}")

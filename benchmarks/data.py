@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.options import at_least, backend_for
 from benchmarks.rounds import alternate
 from gpu_bp import Batches, Dataset, Network, Objective, Optimizer, Step, load_data, parse_config, registry, select
 from gpu_bp.backends import Backend
@@ -178,11 +179,10 @@ def table(ratios: list[Ratio]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--gib", type=at_least(0.001, float), default=1.0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    backend, why = select(options.backend)
-    print(why)
+    backend = backend_for(parser, options.backend)
     ratios = run(backend, options.gib)
     print(table(ratios))
     if options.json:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_bp
+from benchmarks.options import at_least
 from gpu_bp.runs import Lines
 
 CONFIG: dict[str, Any] = {
@@ -59,10 +60,14 @@ def soak(steps: int, backend: str) -> dict[str, dict[str, int]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("steps", type=int, nargs="?", default=10**6)
+    parser.add_argument("steps", type=at_least(100), nargs="?", default=10**6)
     parser.add_argument("--backend", default="auto")
     options = parser.parse_args(arguments)
-    print(json.dumps(soak(options.steps, options.backend)))
+    try:
+        held = soak(options.steps, options.backend)
+    except gpu_bp.UserError as error:
+        parser.exit(2, f"error: {error}\n")
+    print(json.dumps(held))
 
 
 if __name__ == "__main__":

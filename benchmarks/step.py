@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import data
+from benchmarks.options import backend_for
 from benchmarks.peers.cells import Cell
 from benchmarks.peers.ours import Ours
 from benchmarks.rounds import alternate
-from gpu_bp import Batch, Network, Objective, Optimizer, Step, registry, select
+from gpu_bp import Batch, Network, Objective, Optimizer, Step, registry
 from gpu_bp.backends import Backend
 from gpu_bp.schedule import constant
 
@@ -116,8 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    backend, why = select(options.backend)
-    print(why)
+    backend = backend_for(parser, options.backend)
     floors, ratios = run(backend), run_watched(backend)
     print(table(floors), data.table(ratios), sep="\n\n")
     if options.json:

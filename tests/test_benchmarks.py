@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import checkpoint, data, rounds, soak, step
+from benchmarks.peers import __main__ as peers
 from benchmarks.peers.cells import Cell
 from gpu_bp.backends import Backend
 
@@ -103,3 +104,30 @@ def test_soak_command(capsys: pytest.CaptureFixture[str]) -> None:
     soak.main(["300", "--backend", "numpy"])
     held = json.loads(capsys.readouterr().out)
     assert [min(held[when].values()) > 0 for when in ("begin", "end")] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "arguments", "message"),
+    [
+        (peers, ["--rounds", "1"], "argument --rounds: must be at least 2, not 1"),
+        (checkpoint, ["--rounds", "0"], "argument --rounds: must be at least 1, not 0"),
+        (data, ["--gib", "nan"], "argument --gib: must be at least 0.001, not nan"),
+        (soak, ["99"], "argument steps: must be at least 100, not 99"),
+        *(
+            (module, ["--backend", "cupy"], "error: backend cupy cannot be used: planted;")
+            for module in (step, data, checkpoint, soak)
+        ),
+    ],
+)
+def test_options_that_cannot_be(
+    benchmark: ModuleType,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("gpu_bp.backends._cupy", lambda: (None, "planted"))
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err

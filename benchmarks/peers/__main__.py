@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.options import at_least
 from benchmarks.peers import report
 from benchmarks.peers.cells import Cell, chosen, grid
 from benchmarks.peers.measure import ROUNDS, SECONDS, Bench, Result, bench
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--grid", choices=("quick", "full"), default="quick")
     parser.add_argument("--cell", default="", metavar="WORDS", help="only cells that have all these words")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=at_least(2), default=ROUNDS)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of a round, for each side")
     parser.add_argument("--without", nargs="*", default=[], metavar="PEER", help="peers that are not to be measured")
     parser.add_argument("--also", nargs="*", default=[], metavar="PEER", help="peers that are not measured unasked")
