@@ -1,29 +1,39 @@
-"""`CupyBackend` on a machine without a GPU: the package's own module, run a second time with `FakeCupy` as its cupy."""
+"""`CupyBackend` on a machine without a GPU: the package's own modules, run again with `FakeCupy` as their cupy."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
-from cuda_on_cpu import codegen
 from cuda_on_cpu.fake_cupy import FakeCupy
 from gpu_bp.backends import Backend
 
-MODULE = "gpu_bp.backends.cupy_backend"
+# Those that have CuPy, in the order in which they import each other.
+NAMES = ("cuda_launch", "cuda_scalars", "cuda_generator", "cuda_sums", "cuda_records", "cupy_backend")
+MODULES = tuple(f"gpu_bp.backends.{name}" for name in NAMES)
 
 
 def cupy_backend_module(cupy: FakeCupy | None = None) -> Any:
     """A fresh copy of gpu_bp.backends.cupy_backend whose `cupy`, and NVIDIA's bindings, are the stand-in; the real ones
     are left alone."""
-    codegen.real_cupy()  # the module imports it, and where it is missing the test says so
-    spec = importlib.util.find_spec(MODULE)
-    assert spec is not None
-    assert spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     stand_in = cupy or FakeCupy()
-    module.__dict__["cupy"] = stand_in
+    before = {name: sys.modules.get(name) for name in ("cupy", *MODULES)}
+    sys.modules["cupy"] = cast(ModuleType, stand_in)
+    try:
+        for name in MODULES:
+            spec = importlib.util.find_spec(name)
+            assert spec is not None
+            assert spec.loader is not None
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    finally:
+        for name, old in before.items():
+            if old is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = old
     module.__dict__["cublas"] = lambda: stand_in.cublas
     module.__dict__["bindings"] = lambda: stand_in.bindings
     return module
