@@ -10,7 +10,6 @@ CuPy meanwhile keeps its place. Rows of the host alone are copied on a stream of
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,19 +21,20 @@ import numpy as np
 
 from gpu_bp.backends import cuda_kernels as kernels
 from gpu_bp.backends import cuda_low, cuda_rows
-from gpu_bp.backends.base import Action, Division, or_unknown
-from gpu_bp.backends.cublas import WORKSPACE, Gemm, bindings, version
+from gpu_bp.backends.base import Action, Apart, Division, or_unknown
 from gpu_bp.backends.cuda_generator import Generator
 from gpu_bp.backends.cuda_graph import Captures, Recording
-from gpu_bp.backends.cuda_launch import by_rows, compiled, cublas, cupy, given, launch
+from gpu_bp.backends.cuda_launch import by_rows, compiled, cupy, given, launch
+from gpu_bp.backends.cuda_products import Products, first_line
 from gpu_bp.backends.cuda_records import RecordKernels
 from gpu_bp.backends.cuda_rows import CUDA_NAMES
 from gpu_bp.backends.cuda_scalars import Scalars
 from gpu_bp.backends.cuda_sums import Sums
+from gpu_bp.backends.epilogues import FASTER, Faster
 from gpu_bp.formula import Program
 from gpu_bp.precision import PRECISIONS, dotted
 from gpu_bp.registry import Permutations, Purpose
-from gpu_bp.spec import Array
+from gpu_bp.spec import Activation, Array, RowActivation
 
 
 def why_unusable() -> str | None:
@@ -46,7 +46,7 @@ def why_unusable() -> str | None:
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:
-        return f"no CUDA driver or device: {_first_line(error)}"
+        return f"no CUDA driver or device: {first_line(error)}"
     if count < 1:
         return "no CUDA device"
     try:
@@ -55,12 +55,8 @@ def why_unusable() -> str | None:
         backend.matmul(ones, ones, product)
         computed = backend.to_host(compiled(kernels.add_one())(product))
     except Exception as error:
-        return f"the device is there but does not compute: {_first_line(error)}"
+        return f"the device is there but does not compute: {first_line(error)}"
     return None if (computed == 3).all() else "the device computes wrong values"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _cuda_version(number: int) -> str:
@@ -72,22 +68,23 @@ def _cuda_version(number: int) -> str:
 STEPS = 20
 
 
-class CupyBackend(RecordKernels):
+class CupyBackend(RecordKernels, Apart):
     """Arrays in the memory of one CUDA device.
 
     Args:
         graphs: whether what is recorded is captured in a CUDA graph; else it is asked for anew each time, to the same
             results. bindings: whether products go through NVIDIA's bindings where these can be used; without them
-            CuPy multiplies, which may differ in the last bits, and nothing is captured.
+            CuPy multiplies, which may differ in the last bits, and nothing is captured. epilogues: where products with
+            an epilogue are faster, if not where it was measured.
 
     Attributes:
-        captures: says how many graphs there are, and why there is none.
+        captures: says how many graphs there are, and why there is none. products: its matrix products.
     """
 
     name = "cupy"
     read_every = 100
 
-    def __init__(self, *, graphs: bool = True, bindings: bool = True) -> None:
+    def __init__(self, *, graphs: bool = True, bindings: bool = True, epilogues: Sequence[Faster] = FASTER) -> None:
         self._device = cupy.cuda.Device()
         properties = cupy.cuda.runtime.getDeviceProperties(self._device.id)
         self.device = properties["name"].decode()
@@ -99,20 +96,8 @@ class CupyBackend(RecordKernels):
         self._graphs = graphs
         self.steps_at_once = STEPS if graphs else 1
         self.captures = Captures(cupy)
-        self._no_bindings = "" if bindings else "products are left to CuPy, as asked"  # why they are not used
-
-    @functools.cached_property
-    def _gemm(self) -> Gemm | None:
-        """cuBLAS through NVIDIA's bindings; None where they cannot be used."""
-        if self._no_bindings:
-            return None
-        try:
-            return Gemm(cupy.empty(WORKSPACE, np.uint8), lambda: cupy.cuda.get_current_stream().ptr, bindings())
-        except ModuleNotFoundError:
-            self._no_bindings = "nvmath-python is not installed (pip install 'gpu_bp[cuda13]', or cuda12)"
-        except Exception as error:
-            self._no_bindings = f"nvmath-python cannot be used: {_first_line(error)}"
-        return None
+        why_not = "" if bindings else "products are left to CuPy, as asked"
+        self.products = Products(why_not, epilogues, self._device.compute_capability)
 
     def libraries(self) -> dict[str, Any]:
         return {
@@ -120,7 +105,7 @@ class CupyBackend(RecordKernels):
             "cuda runtime": or_unknown(lambda: _cuda_version(cupy.cuda.runtime.runtimeGetVersion())),
             "cuda driver": or_unknown(lambda: _cuda_version(cupy.cuda.runtime.driverGetVersion())),
             "cublas": or_unknown(lambda: cupy.cuda.cublas.getVersion(cupy.cuda.device.get_cublas_handle())),
-            "products": or_unknown(version) if self._gemm else "cupy",
+            "products": self.products.by(),
             "nvrtc": or_unknown(lambda: "{}.{}".format(*cupy.cuda.nvrtc.getVersion())),  # it compiles the kernels
             "compute capability": or_unknown(lambda: self._device.compute_capability),
         }
@@ -133,8 +118,8 @@ class CupyBackend(RecordKernels):
                 f"{self.device} has compute capability {dotted(divmod(number, 10))}, and {products} needs "
                 f"{dotted(needed)} or newer; use float32"
             )
-        if self._gemm is None:
-            return f"CuPy has no such products, and NVIDIA's bindings are not used: {self._no_bindings}"
+        if self.products.gemm is None:
+            return f"CuPy has no such products, and NVIDIA's bindings are not used: {self.products.why_not}"
         if products == "bfloat16" and (find_spec("ml_dtypes") is None or np.lib.NumpyVersion(np.__version__) < "2.1.2"):
             return "its arrays need ml_dtypes and NumPy 2.1.2 or newer: pip install -U ml_dtypes numpy"
         return None
@@ -155,8 +140,8 @@ class CupyBackend(RecordKernels):
     def record(self, run: Action, worker: int = 0) -> Action:
         if not self._graphs:
             return run
-        if self._gemm is None:
-            self.captures.refuse(self._no_bindings)
+        if self.products.gemm is None:
+            self.captures.refuse(self.products.why_not)
             return run
         return Recording(run, self.captures)
 
@@ -192,11 +177,27 @@ class CupyBackend(RecordKernels):
         transpose_b: bool = False,
         arithmetic: str = "",
     ) -> None:
-        if self._gemm is not None:
-            self._gemm(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b, arithmetic=arithmetic)
-            return
-        # gemm rather than cupy.matmul, which allocates for products of 1 x 1
-        cublas().gemm("T" if transpose_a else "N", "T" if transpose_b else "N", a, b, out=out)
+        self.products(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b, arithmetic=arithmetic)
+
+    def dense(
+        self,
+        activation: Activation | RowActivation | None,
+        inputs: Array,
+        weights: Array,
+        biases: Array | None,
+        net_input: Array,
+        output: Array,
+        *,
+        arithmetic: str = "",
+    ) -> None:
+        if not self.products.dense(activation, inputs, weights, biases, net_input, output, arithmetic):
+            super().dense(activation, inputs, weights, biases, net_input, output, arithmetic=arithmetic)
+
+    def dense_gradients(
+        self, delta: Array, inputs: Array, weights: Array, biases: Array | None, *, arithmetic: str = ""
+    ) -> None:
+        if not self.products.dense_gradients(delta, inputs, weights, biases, arithmetic):
+            super().dense_gradients(delta, inputs, weights, biases, arithmetic=arithmetic)
 
     def column_sums(self, x: Array, out: Array) -> None:
         self._sums.of_columns(x, out)
@@ -314,7 +315,7 @@ class CupyBackend(RecordKernels):
             kernel(*(np.uint64(x) for x in (first, p.n, p.a, p.b)), *p.keys[:, k, 0], out[k])
 
     def free_bytes(self) -> int:
-        _ = self._gemm  # whose workspace is not free, whenever it is made
+        _ = self.products.gemm, self.products.lt  # whose workspaces are not free, whenever they are made
         pool = cupy.get_default_memory_pool()
         free: int = cupy.cuda.runtime.memGetInfo()[0] + pool.free_bytes()
         limit = pool.get_limit()  # 0 for none

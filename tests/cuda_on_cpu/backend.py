@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, cast
 
@@ -11,14 +12,24 @@ from cuda_on_cpu.fake_cupy import FakeCupy
 from gpu_bp.backends import Backend
 
 # Those that have CuPy, in the order in which they import each other.
-NAMES = ("cuda_launch", "cuda_scalars", "cuda_generator", "cuda_sums", "cuda_records", "cupy_backend")
+NAMES = (
+    "cuda_launch",
+    "cuda_scalars",
+    "cuda_generator",
+    "cuda_sums",
+    "cuda_records",
+    "cuda_products",
+    "cupy_backend",
+)
 MODULES = tuple(f"gpu_bp.backends.{name}" for name in NAMES)
+PRODUCTS = "gpu_bp.backends.cuda_products"
 
 
-def cupy_backend_module(cupy: FakeCupy | None = None) -> Any:
+def cupy_backend_module(cupy: FakeCupy | None = None, bindings: Callable[[], Any] | None = None) -> Any:
     """A fresh copy of gpu_bp.backends.cupy_backend whose `cupy`, and NVIDIA's bindings, are the stand-in; the real ones
-    are left alone."""
+    are left alone. Or those to cuBLAS are what `bindings` gives."""
     stand_in = cupy or FakeCupy()
+    fresh = {}
     before = {name: sys.modules.get(name) for name in ("cupy", *MODULES)}
     sys.modules["cupy"] = cast(ModuleType, stand_in)
     try:
@@ -26,17 +37,20 @@ def cupy_backend_module(cupy: FakeCupy | None = None) -> Any:
             spec = importlib.util.find_spec(name)
             assert spec is not None
             assert spec.loader is not None
-            module = sys.modules[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            fresh[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(fresh[name])
     finally:
         for name, old in before.items():
             if old is None:
                 sys.modules.pop(name, None)
             else:
                 sys.modules[name] = old
-    module.__dict__["cublas"] = lambda: stand_in.cublas
-    module.__dict__["bindings"] = lambda: stand_in.bindings
-    return module
+    fresh[PRODUCTS].__dict__.update(
+        cublas=lambda: stand_in.cublas,
+        bindings=bindings or (lambda: stand_in.bindings),
+        lt_bindings=lambda: stand_in.lt_bindings,
+    )
+    return fresh[MODULES[-1]]
 
 
 def cupy_on_cpu() -> Backend:
