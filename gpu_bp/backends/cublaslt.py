@@ -123,14 +123,12 @@ class Lt:
         dtypes = (str(a.dtype), str(out.dtype), str(bias.dtype))
         key = (epilogue, arithmetic, dtypes, (rows, inner, columns), transpose_a, transpose_b, aligned)
         if key not in self._plans:
-            self._plans[key] = self._plan(*key)
+            self._plans[key] = self._plan(*key, bias, aux)
         plan = self._plans[key]
         if plan is None:
             return False
         zero, one = self._scalars[plan.scalar]
-        self._set(plan.what, BIAS_POINTER, bias.data.ptr)
-        if aux is not None:
-            self._set(plan.what, AUX_POINTER, aux.data.ptr)
+        self._point(plan.what, bias, aux)
         self._lt.matmul(
             self._handle,
             plan.what,
@@ -160,12 +158,13 @@ class Lt:
         transpose_a: bool,
         transpose_b: bool,
         aligned: tuple[int, ...],
+        bias: Array,
+        aux: Array | None,
     ) -> Plan | None:
         """None where cublasLt has no algorithm for such a product."""
         (rows, inner, columns), lt = shape, self._lt
         of_factors, of_product, of_bias = (TYPES[dtype] for dtype in dtypes)
-        gelu = epilogue == "gelu_bias"
-        if gelu and columns % AUX_MULTIPLE:
+        if aux is not None and columns % AUX_MULTIPLE:
             return None
         number, scalar = ARITHMETIC[arithmetic]
         what = lt.matmul_desc_create(number, TYPES["float64" if scalar is ctypes.c_double else "float32"])
@@ -174,8 +173,9 @@ class Lt:
         self._set(what, EPILOGUE, EPILOGUES[epilogue])
         if of_bias != of_product:  # which is what it is taken for, unasked
             self._set(what, BIAS_TYPE, of_bias)
-        if gelu:
+        if aux is not None:
             self._set(what, AUX_LD, columns)
+        self._point(what, bias, aux)  # without them it has no algorithm
         # rows, columns and leading dimension, by columns
         plan = Plan(
             what,
@@ -215,6 +215,12 @@ class Lt:
             return plan
         _forget(lt, plan)
         return None
+
+    def _point(self, what: int, bias: Array, aux: Array | None) -> None:
+        """Says where they are."""
+        self._set(what, BIAS_POINTER, bias.data.ptr)
+        if aux is not None:
+            self._set(what, AUX_POINTER, aux.data.ptr)
 
     def _set(
         self,

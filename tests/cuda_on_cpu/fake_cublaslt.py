@@ -164,7 +164,8 @@ class FakeCublasLt:
             raise cuBLASLtError("CUBLAS_STATUS_NOT_SUPPORTED (15)")
         if epilogue == BGRADB and not what["transb"]:
             raise cuBLASLtError("CUBLAS_STATUS_NOT_SUPPORTED (15)")
-        if (epilogue == GELU_AUX_BIAS) != (what["aux_ld"] > 0) or what["aux_ld"] % 8:
+        gelu = epilogue == GELU_AUX_BIAS
+        if not what["bias"] or {gelu} != {what["aux_ld"] > 0, what["aux"] > 0} or what["aux_ld"] % 8:
             raise cuBLASLtError("CUBLAS_STATUS_INVALID_VALUE (7)")
         number = next(self._numbers)
         self._algorithms[number] = self._problem(what, a, b, c, d), dict(wanted)
