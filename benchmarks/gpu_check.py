@@ -4,8 +4,9 @@
 
 1. the first 500 steps of every config on the device and on NumPy: the loss curves must agree;
 2. its first 100 steps replayed from a CUDA graph and asked for one by one: all bits must be the same;
-3. the benchmarks that exist;
-4. the test suite on the device, but for what needs none (experiments, packaging, kernels on the CPU), in the time
+3. trainings in which cublasLt does biases and activations in one with the products: the losses must agree;
+4. the benchmarks that exist;
+5. the test suite on the device, but for what needs none (experiments, packaging, kernels on the CPU), in the time
    that is left of 8 minutes.
 
 It needs no network, and writes `report.json` and `README.md` into benchmarks/results/DEVICE-DATE/, also where a part
@@ -30,7 +31,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import curves, data, graphs, step
+from benchmarks import curves, data, epilogues, graphs, step
 from gpu_bp import UserError, select
 from gpu_bp.backends import Backend, NumpyBackend
 
@@ -117,6 +118,8 @@ def page(report: dict[str, Any]) -> str:
         lines.append(f"| {c['config']} | {c['precision']} | {c['steps']} | {difference} | {allowed:.0e} | {verdict} |")
     replayed = [graphs.Comparison(**{k: c[k] for k in c if k != "passed"}) for c in report["graphs"]]
     lines += ["", "## Steps replayed from a CUDA graph, against steps one by one", "", graphs.table(replayed), ""]
+    agreed = [epilogues.Agreement(**{k: a[k] for k in a if k != "passed"}) for a in report["epilogues"]]
+    lines += ["## Biases and activations in one with their products", "", epilogues.agreement_table(agreed), ""]
     floors = [step.Floor(**floor) for floor in report["steps"]]
     lines += ["", "## A step against its bare products", "", step.table(floors), ""]
     ratios = [data.Ratio(**ratio) for ratio in report["data"]]
@@ -140,6 +143,7 @@ def check(backend: Backend, *, curve_steps: int, only_curves: bool) -> dict[str,
             comparisons.append(curves.compare(config, precision, (backend, NumpyBackend()), curve_steps))
             print(f"{config.stem}, {precision}: {comparisons[-1].difference} {comparisons[-1].reason}", flush=True)
     replayed = graphs.run(backend, min(graphs.STEPS, curve_steps))
+    agreed = epilogues.run(backend, min(epilogues.STEPS, 2 * curve_steps))
     floors, ratios, trouble, tests = [], [], "", _counted({}, "")
     if not only_curves:
         try:
@@ -153,6 +157,7 @@ def check(backend: Backend, *, curve_steps: int, only_curves: bool) -> dict[str,
         "versions": versions(backend),
         "curves": [asdict(c) | {"passed": c.passed} for c in comparisons],
         "graphs": [asdict(c) | {"passed": c.passed} for c in replayed],
+        "epilogues": [asdict(a) | {"passed": a.passed} for a in agreed],
         "steps": [asdict(floor) for floor in floors],
         "data": [asdict(ratio) for ratio in ratios],
         "trouble": trouble,
@@ -186,7 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.out or ROOT / "benchmarks" / "results" / f"{device}-{report['date']}"
     write(report, folder)
     tests = report["tests"]
-    passed = all(c["passed"] for c in (*report["curves"], *report["graphs"])) and not report["trouble"]
+    passed = (
+        all(c["passed"] for c in (*report["curves"], *report["graphs"], *report["epilogues"])) and not report["trouble"]
+    )
     passed = passed and (options.only_curves or (tests["passed"] > 0 == tests["failed"] and not tests["trouble"]))
     print(f"{'all passed' if passed else 'not all passed'} in {time.monotonic() - begin:.0f} s: {folder / 'README.md'}")
     return 0 if passed else 1

@@ -15,7 +15,14 @@ ROUND_SECONDS = 0.2
 def alternate(
     backend: Backend, calls: Sequence[Callable[[], object]], rounds: int = ROUNDS, seconds: float | None = None
 ) -> list[float]:
-    """Seconds a call, the median of rounds that take the calls in turn, for so many seconds each.
+    """Seconds a call, the median of `each_round`."""
+    return [median(column) for column in each_round(backend, calls, rounds, seconds)]
+
+
+def each_round(
+    backend: Backend, calls: Sequence[Callable[[], None]], rounds: int = ROUNDS, seconds: float | None = None
+) -> list[list[float]]:
+    """Seconds a call, of each call those of the rounds, which take the calls in turn, for so many seconds each.
 
     Many short rounds tell small differences where a machine has other work too.
     """
@@ -32,4 +39,4 @@ def alternate(
         once(call, 3)
     counts = [max(1, int(wanted / once(call, 3))) for call in calls]
     taken = [[once(call, n) for call, n in zip(calls, counts, strict=True)] for _ in range(rounds)]
-    return [median(column) for column in zip(*taken, strict=True)]
+    return [list(column) for column in zip(*taken, strict=True)]

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from gpu_bp.backends import Backend
-from gpu_bp.backends.base import Action, Division, Numbers
+from gpu_bp.backends.base import Action, Apart, Division, Numbers
 from gpu_bp.backends.numpy_backend import HostNumbers
 from gpu_bp.data.batches import Batches
 from gpu_bp.data.source import Batch, Source
@@ -27,7 +27,7 @@ from gpu_bp.spec import Array
 WITHOUT_SCRATCH = ("copy", "fill", "gather", "matmul", "add", "advance")
 
 
-class Counting:
+class Counting(Apart):
     """A backend that makes arrays without memory, and counts them for the part of the training that is being made.
 
     All other operations do nothing. `device`, `host`: bytes by part.

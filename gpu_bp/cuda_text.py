@@ -219,11 +219,8 @@ class OnDevice:
 
     def rows(self, name: str, source: str, *arguments: Any) -> None:
         first: np.ndarray = arguments[0]
-        rows, n = first.shape
         given = [x if isinstance(x, np.ndarray) else first.dtype.type(x) for x in arguments]
-        blocks, threads = -(-rows // cuda_rows.ROW_WARPS), 32 * cuda_rows.ROW_WARPS
-        kernel = self._module.raw_kernel(name, source)
-        self._run(given, lambda *on_device: kernel((blocks,), (threads,), (np.int32(rows), np.int32(n), *on_device)))
+        self._run(given, lambda *on_device: self._module.by_rows(name, source, first.shape, *on_device))
 
     def _run(self, arguments: Sequence[Any], launch: Callable[..., None]) -> None:
         """One array on the host is one on the device: an output may take the place of an input."""

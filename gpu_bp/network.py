@@ -32,8 +32,6 @@ ALIGNMENT = 32
 # What all layers may have of rows that are predicted together: in float32 256 MB.
 PREDICTED_NUMBERS = 2**26
 
-IDENTITY = registry.activation("identity")
-
 
 class Layout:
     """Where each named array stands in one flat buffer: weights first, then biases; the padding is zero.
@@ -266,9 +264,9 @@ class Network:
     def _zeros(self, shape: tuple[int, ...], dtype: Any = None) -> Any:
         return self.backend.zeros(shape, dtype or self.dtype)
 
-    def _product(self, a: Array, b: Array, out: Array, *, transpose_a: bool = False, transpose_b: bool = False) -> None:
-        """out = a @ b, either factor transposed as asked, in the network's arithmetic."""
-        self.backend.matmul(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b, arithmetic=self._arithmetic)
+    def _product(self, a: Array, b: Array, out: Array, *, transpose_b: bool = False) -> None:
+        """out = a @ b, or a @ b.T, in the network's arithmetic."""
+        self.backend.matmul(a, b, out, transpose_b=transpose_b, arithmetic=self._arithmetic)
 
     def _weights(self, k: int) -> Array:
         """A layer's weights as products take them."""
@@ -289,18 +287,14 @@ class Network:
             backend.copy(inputs, y)
             backend.copy(self.parameters, self._rounded)
         for k, (layer, signal) in enumerate(zip(self.layers, signals, strict=True)):
-            v, biases = signal.net_input, layer.biases
-            if layer.gains is None:
-                self._product(y, self._weights(k), v, transpose_b=True)  # V = Y_prev W.T, b to come
+            v, w, biases = signal.net_input, self._weights(k), layer.biases
+            phi = None if loss and loss.starts_from_net_input and layer is self.layers[-1] else layer.activation
+            if layer.gains is None:  # V = Y_prev W.T + b, Y = phi(V)
+                backend.dense(phi, y, w, biases, v, signal.value, arithmetic=self._arithmetic)
             else:
-                self._product(y, self._weights(k), signal.normalised, transpose_b=True)
+                self._product(y, w, signal.normalised, transpose_b=True)
                 backend.normalise(signal.normalised, layer.gains, biases, signal.scale, v)  # V = gains * X + b
-                biases = None
-            if loss and loss.starts_from_net_input and layer is self.layers[-1]:
-                if biases is not None:
-                    backend.activate(IDENTITY, v, biases, v)  # V += b
-            else:
-                backend.activate(layer.activation, v, biases, signal.value)  # V += b, Y = phi(V)
+                backend.activate(layer.activation, v, None, signal.value)
             passed = signal.value
             if draw is not None and draw.noise.rate(k):
                 draw.outputs(backend, k, passed, signal.output)
@@ -320,9 +314,10 @@ class Network:
         backend = self.backend
         for k in reversed(range(len(self.layers))):
             layer, signal, gradient = self.layers[k], signals[k], gradients[k]
-            delta = signal.delta
-            if gradient.biases is not None:
-                backend.column_sums(delta, gradient.biases)  # dE/db
+            delta, biases = signal.delta, gradient.biases
+            if biases is not None and (layer.gains is not None or signal.rounded_delta is not None):
+                backend.column_sums(delta, biases)  # dE/db: not of the delta that the product takes
+                biases = None
             if layer.gains is not None:
                 backend.column_dots(delta, signal.normalised, gradient.gains)  # dE/dgains
                 backend.normalise_delta(delta, signal.normalised, signal.scale, layer.gains)
@@ -330,7 +325,8 @@ class Network:
                 backend.copy(delta, signal.rounded_delta)
                 delta = signal.rounded_delta
             y_prev = signals[k - 1].output if k else signal.rounded_inputs if self._rounds else inputs
-            self._product(delta, y_prev, gradient.weights, transpose_a=True)  # dE/dW = Delta.T Y_prev
+            # dE/dW = Delta.T Y_prev, dE/db = column sums of Delta
+            backend.dense_gradients(delta, y_prev, gradient.weights, biases, arithmetic=self._arithmetic)
             if k:
                 below, phi = signals[k - 1], self.layers[k - 1].activation
                 assert isinstance(phi, Activation)

@@ -31,6 +31,7 @@ OPERATIONS = {
     "count": ("data", "", "out"),
     "permute": ("data", "", "out"),
     "matmul": ("forward", "a b", "out"),
+    "dense": ("forward", "inputs weights biases", "net_input output"),
     "activate": ("forward", "net_input biases", "net_input output"),
     "normalise": ("forward", "product gains biases", "product scale net_input"),
     "dropout": ("forward", "x", "out"),
@@ -43,6 +44,7 @@ OPERATIONS = {
     "accumulate": ("delta", "x", ""),
     "hidden_delta": ("delta", "error output", "delta"),  # or the net input, which is as large
     "normalise_delta": ("delta", "delta normalised scale gains", "delta"),
+    "dense_gradients": ("backward", "delta inputs", "weights biases"),
     "column_sums": ("backward", "x", "out"),
     "column_dots": ("backward", "x y", "out"),
     "fill": ("update", "", "array"),
@@ -169,8 +171,7 @@ class Timing:
     def _call(self, name: str, given: Mapping[str, Any]) -> _Call:
         phase = "data" if self._part == "data" else _phase(name, given, self._back)
         self._back = self._back or name == "output_delta"
-        rows = given["a"].shape[0 if given.get("transpose_a") else 1] if name == "matmul" else 0
-        return _Call(name, phase, 2 * rows * given["out"].size if rows else 0, _moved(name, given))
+        return _Call(name, phase, _flop(name, given), _moved(name, given))
 
     def _ended(self, action: Action, name: str) -> Any:
         """Does something, and marks its end."""
@@ -195,14 +196,25 @@ def _phase(name: str, given: Mapping[str, Any], back: bool) -> str:
         return "update"
     if back and name in ("matmul", "dropout", "add"):
         # the gradients of a step in several batches are added up in the flat buffer
-        of_gradients = given.get("transpose_a") if name == "matmul" else name == "add" and given["out"].ndim == 1
-        return "backward" if of_gradients else "delta"
+        return "backward" if name == "add" and given["out"].ndim == 1 else "delta"
     return OPERATIONS[name][0]
+
+
+def _flop(name: str, given: Mapping[str, Any]) -> int:
+    """Floating-point operations of the product in an operation."""
+    if name == "matmul":
+        inner: int = given["a"].shape[0 if given.get("transpose_a") else 1]
+        return 2 * inner * int(given["out"].size)
+    if name in ("dense", "dense_gradients"):
+        return 2 * len(given["inputs"]) * int(given["weights"].size)
+    return 0
 
 
 def _moved(name: str, given: Mapping[str, Any]) -> int:
     """Bytes that an operation reads and writes."""
     _, reads, writes = OPERATIONS[name]
+    if name == "dense" and given["activation"] is None:
+        writes = "net_input"
     if name == "activate" and given["biases"] is None:
         writes = "output"
     if name == "output_delta" and not given["loss"].starts_from_net_input:

@@ -93,13 +93,12 @@ def test_a_step_by_hand(backend: Backend, tiny_config: Tiny) -> None:
         "backward": 2 * 8 * (2 * 5 + 5 * 1),
         "update": 0,
     }
-    products = 8 * 2 + 5 * 2 + 8 * 5 + 8 * 5 + 1 * 5 + 8 * 1
-    activations = 8 * 5 + 5 + 8 * 5 + 8 * 1 + 1 + 8 * 1
-    assert spent["forward"].n_bytes == item * (products + activations)
+    layers = (8 * 2 + 5 * 2 + 5 + 8 * 5) + (8 * 5 + 1 * 5 + 1 + 8 * 1)  # product, biases and activation in one
+    assert spent["forward"].n_bytes == item * layers
     loss = 2 * 8 + 2 * 8 + 8  # output and target, losses and delta; then the losses are added up
     hidden = (8 * 1 + 1 * 5 + 8 * 5) + 3 * 8 * 5  # the product; error, output and delta
     assert spent["delta"].n_bytes == item * (loss + hidden)
-    gradients = (8 * 1 + 8 * 5 + 1 * 5) + (8 * 1 + 1) + (8 * 5 + 8 * 2 + 5 * 2) + (8 * 5 + 5)
+    gradients = (8 * 1 + 8 * 5 + 1 * 5 + 1) + (8 * 5 + 8 * 2 + 5 * 2 + 5)  # of weights and biases in one
     assert spent["backward"].n_bytes == item * gradients
     assert spent["update"].n_bytes == item * (size + 2 * size + size) + 8  # watch; update; the steps are counted
     assert all(x.seconds > 0 for x in spent.values())
@@ -115,13 +114,24 @@ def test_bytes_by_hand(backend: Backend) -> None:
     on = cast(Backend, timing)
     v, y, d, losses, e = (on.zeros((6, 4), np.float32) for _ in range(5))
     biases, rows, table = on.zeros((4,), np.float32), on.zeros((6,), np.int64), on.zeros((1000, 4), np.float32)
-    tanh, n, bias = registry.activation("tanh"), 6 * 4 * 4, 4 * 4
+    tanh, weights, n, square, bias = (
+        registry.activation("tanh"),
+        on.zeros((4, 4), np.float32),
+        6 * 4 * 4,
+        4 * 4 * 4,
+        4 * 4,
+    )
     fused, free = registry.loss("binary_cross_entropy"), registry.loss("squared_error")
     cases: list[tuple[Callable[[], None], int]] = [
         (lambda: on.add(v, y, d), 3 * n),
         (lambda: on.add(v, y, v), 3 * n),
         (lambda: on.add(v, v, v), 2 * n),
         (lambda: on.gather(table, rows, y), 6 * 8 + 2 * n),
+        (lambda: on.dense(tanh, d, weights, None, v, v), 2 * n + square),
+        (lambda: on.dense(tanh, d, weights, biases, v, y), 3 * n + square + bias),
+        (lambda: on.dense(None, d, weights, biases, v, y), 2 * n + square + bias),
+        (lambda: on.dense_gradients(d, v, weights, None), 2 * n + square),
+        (lambda: on.dense_gradients(d, v, weights, biases), 2 * n + square + bias),
         (lambda: on.activate(tanh, v, None, v), 2 * n),
         (lambda: on.activate(tanh, v, None, y), 2 * n),
         (lambda: on.activate(tanh, v, biases, v), 2 * n + bias),
@@ -162,7 +172,7 @@ def test_what_belongs_to_which_phase(backend: Backend, tiny_config: Tiny, monkey
         pass
     assert found == {
         "data": {"gather", "permute"},
-        "forward": {"matmul", "normalise", "activate", "dropout", "input_noise", "add"},
+        "forward": {"dense", "matmul", "normalise", "activate", "dropout", "input_noise", "add"},
         "delta": {
             "output_delta",
             "class_weights",
@@ -174,7 +184,7 @@ def test_what_belongs_to_which_phase(backend: Backend, tiny_config: Tiny, monkey
             "dropout",
             "add",
         },
-        "backward": {"matmul", "column_sums", "column_dots", "add"},
+        "backward": {"dense_gradients", "column_sums", "column_dots", "add"},
         "update": {"fill", "accumulate", "step_factor", "watch", "update", "limit_norms", "average", "advance"},
     }
 
@@ -182,9 +192,9 @@ def test_what_belongs_to_which_phase(backend: Backend, tiny_config: Tiny, monkey
 # Seconds a step of the tiny config on `Ticking`: one an operation, and one for what follows the last of a part.
 TICKS = {
     "data": 2 + 1,  # two gathers
-    "forward": 4,  # a product and an activation a layer
+    "forward": 2,  # a layer each
     "delta": 2 + 2,  # output_delta and the sum of the losses; a product and hidden_delta
-    "backward": 4,  # a product and the column sums a layer
+    "backward": 2,  # a layer each
     "update": 3 + 1,  # watch, update, and the steps are counted
 }
 
@@ -340,7 +350,8 @@ def test_profile(tiny_config: Tiny) -> None:
     found = [name.split("/")[1:] for name in cupy.ranges if name.startswith(apart)]
     assert found.count([]) == 1
     assert found.count(["data"]) == found.count(["computation"]) == 1
-    assert found.count(["computation", "matmul"]) == 2 + 1 + 2
+    names = ("dense", "matmul", "dense_gradients")
+    assert [found.count(["computation", name]) for name in names] == [2, 1, 2]
     assert ["computation", "hidden_delta"] in found
 
 

@@ -307,7 +307,8 @@ def test_cupy_never_falls_back(cli: Cli, write: Callable[..., Path], monkeypatch
 
 def test_a_cupy_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.delitem(sys.modules, "gpu_bp.backends.cupy_backend", raising=False)
+    for name in ("cuda_launch", "cupy_backend"):
+        monkeypatch.delitem(sys.modules, f"gpu_bp.backends.{name}", raising=False)
     monkeypatch.delattr(backends, "cupy_backend", raising=False)
     with pytest.raises(UserError, match="backend cupy cannot be used: import cupy failed: "):
         backends.select("cupy")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 from conftest import ROOT, bike_sharing
 from cuda_on_cpu.backend import cupy_on_cpu
 
-from benchmarks import curves, gpu_check, graphs
+from benchmarks import curves, epilogues, gpu_check, graphs
 from gpu_bp.backends import Backend, NumpyBackend
 
 NO_RESULT = "No result from a real device exists yet."
@@ -37,6 +40,7 @@ def test_curves_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replayed = json.loads((tmp_path / "report.json").read_text())["graphs"]
     assert [c["differing"] for c in replayed] == [0] * len(found)
     assert all(c["graphs"] > 0 and c["passed"] for c in replayed)
+    assert [a["passed"] for a in json.loads((tmp_path / "report.json").read_text())["epilogues"]] == 3 * [True]
 
 
 @pytest.mark.kernels
@@ -103,6 +107,91 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     monkeypatch.setattr("gpu_bp.backends._cupy", lambda: (None, "planted"))
     assert gpu_check.main([]) == 2
     assert "planted" in capsys.readouterr().err
+
+
+@pytest.mark.kernels
+def test_epilogue_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It runs, its trainings agree, and its results are the same apart and in one, whatever is faster here."""
+    backend = cupy_on_cpu()
+    monkeypatch.setattr(epilogues, "select", lambda name: (backend, "as asked"))
+    for name, small in (("ROWS", (3, 9)), ("WIDTHS", (5, 8)), ("SECONDS", 0.0)):
+        monkeypatch.setattr(epilogues, name, small)
+    monkeypatch.setattr(epilogues, "run", partial(epilogues.run, steps=20))
+    assert epilogues.main(["--json", str(tmp_path / "found.json")]) == 0
+    assert "FASTER: tuple[Faster, ...] = (" in capsys.readouterr().out
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert [a["passed"] for a in report["agreements"]] == 3 * [True]
+    reasons = Counter((c["epilogue"], c["reason"]) for c in report["cells"])
+    none = "cublasLt has no such product"
+    # four shapes each; biases are float32, which those of 16 bits do not take, and a gelu needs 8 units
+    assert reasons == {
+        ("bias", ""): 4 * 4,
+        ("bias", none): 4 * 2,
+        ("relu_bias", ""): 4 * 4,
+        ("relu_bias", none): 4 * 2,
+        ("gelu_bias", ""): 2 * 4,
+        ("gelu_bias", none): 2 * 4 + 4 * 2,
+        ("bias_gradient", ""): 4 * 4,
+    }
+    for c in report["cells"]:
+        assert c["difference"] <= 1e-5 or c["product"][2] == "tf32"
+        assert c["reason"] or all(x > 0 for x in (*c["apart"], *c["in_one"]))
+
+
+@pytest.mark.kernels
+def test_an_epilogue_that_differs_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that fails."""
+    backend = cupy_on_cpu()
+    agrees = epilogues.run(backend, 4)[1]
+    assert agrees.passed
+    monkeypatch.setattr(epilogues, "STEP", -1.0)
+    assert not agrees.passed
+    monkeypatch.setattr(epilogues, "agree", lambda *arguments: [][1])
+    failed = epilogues.run(backend)
+    assert "IndexError" in epilogues.agreement_table(failed)
+    assert not any(a.passed for a in failed)
+    assert epilogues.run(NumpyBackend()) == []
+    assert "TypeError" in epilogues.run_cell(NumpyBackend, "bias", ("float32", "float32", "float32"), 2, 2).reason
+
+
+def test_which_epilogues_are_faster() -> None:
+    """By quartiles apart, a margin, and results that agree; and from which shapes on that is so."""
+    product, slow, fast = ("float32", "float32", "float32"), (9.0, 10.0, 11.0), (5.0, 6.0, 7.0)
+    cell = partial(epilogues.Cell, "bias", product, 4, 8, apart=slow)
+    assert cell(in_one=fast).faster
+    assert not cell(in_one=(5.0, 6.0, 9.5)).faster
+    assert not cell(in_one=fast, difference=2e-5).faster
+    assert not cell(in_one=fast, reason="any").faster
+    assert not epilogues.Cell("bias", product, 4, 8, apart=(9.9, 10.0, 10.1), in_one=(9.7, 9.8, 9.85)).faster
+    assert not epilogues.Cell("bias", product, 4, 8, reason=epilogues.TOO_LARGE).faster
+
+    def grid(*faster: tuple[int, int]) -> list[tuple[int, int]]:
+        cells = [
+            epilogues.Cell("bias", product, rows, width, slow, fast if (rows, width) in faster else slow)
+            for rows in (1, 2, 4)
+            for width in (8, 16)
+        ]
+        return [(row.least_rows, row.least_width) for row in epilogues.rows_of(cells, "90", "here")]
+
+    assert grid() == []
+    assert grid((4, 16)) == [(4, 16)]
+    assert grid((1, 8), (2, 8), (4, 8), (1, 16), (2, 16), (4, 16)) == [(1, 8)]
+    assert grid((4, 8), (2, 16), (4, 16)) == [(2, 16), (4, 8)]
+    assert grid((1, 8), (4, 16)) == [(4, 16)]  # one small one by chance
+    assert grid((1, 8), (2, 8)) == []
+    fits = cell(in_one=fast)
+    for reason, rows in ((epilogues.TOO_LARGE, 1), ("cublasLt has no such product", 0)):
+        assert len(epilogues.rows_of([fits, replace(fits, rows=8, reason=reason)], "90", "here")) == rows
+
+
+def test_epilogues_need_a_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_bp.backends._cupy", lambda: (None, "planted"))
+    assert epilogues.main([]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: backend cupy cannot be used: planted")
+    assert err.count("\n") == 1
 
 
 def test_what_is_said_of_real_devices_is_true() -> None:

@@ -14,11 +14,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from gpu_bp import registry
 from gpu_bp.formula import Program
 from gpu_bp.registry import Permutations, Purpose
 from gpu_bp.spec import Activation, Array, Loss, Penalty, RowActivation, Update
 
 Action = Callable[[], None]
+
+IDENTITY = registry.activation("identity")
 
 
 class Division(NamedTuple):
@@ -124,6 +127,30 @@ class Backend(Protocol):
         """Adds the biases to net_input (rows, n) in place, and output = phi(net_input).
 
         `output` may be the same array as `net_input`, which then holds the output.
+        """
+
+    def dense(
+        self,
+        activation: Activation | RowActivation | None,
+        inputs: Array,
+        weights: Array,
+        biases: Array | None,
+        net_input: Array,
+        output: Array,
+        *,
+        arithmetic: str = "",
+    ) -> None:
+        """net_input = inputs @ weights.T + biases, and output = phi(net_input): `matmul`, then `activate`, or in one.
+
+        Without an activation no output is written.
+        """
+
+    def dense_gradients(
+        self, delta: Array, inputs: Array, weights: Array, biases: Array | None, *, arithmetic: str = ""
+    ) -> None:
+        """biases = the column sums of delta, and weights = delta.T @ inputs: `column_sums`, then `matmul`, or in one.
+
+        Without biases the product alone.
         """
 
     def hidden_delta(self, activation: Activation, error: Array, net_input: Array, output: Array, delta: Array) -> None:
@@ -319,6 +346,34 @@ class Backend(Protocol):
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """What the host asks for within it has this name in a profiler's picture, where the backend has one."""
+
+
+class Apart:
+    """The operations of a backend that may be done in one, one after the other."""
+
+    def dense(
+        self: Backend,
+        activation: Activation | RowActivation | None,
+        inputs: Array,
+        weights: Array,
+        biases: Array | None,
+        net_input: Array,
+        output: Array,
+        *,
+        arithmetic: str = "",
+    ) -> None:
+        self.matmul(inputs, weights, net_input, transpose_b=True, arithmetic=arithmetic)  # V = Y_prev W.T
+        if activation is not None:
+            self.activate(activation, net_input, biases, output)  # V += b, Y = phi(V)
+        elif biases is not None:
+            self.activate(IDENTITY, net_input, biases, net_input)
+
+    def dense_gradients(
+        self: Backend, delta: Array, inputs: Array, weights: Array, biases: Array | None, *, arithmetic: str = ""
+    ) -> None:
+        if biases is not None:
+            self.column_sums(delta, biases)  # dE/db
+        self.matmul(delta, inputs, weights, transpose_a=True, arithmetic=arithmetic)  # dE/dW = Delta.T Y_prev
 
 
 def or_unknown(ask: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Products by cuBLAS through NVIDIA's own bindings, which a CUDA graph can hold. The only importer of nvmath.
+"""Products by cuBLAS through NVIDIA's own bindings, which a CUDA graph can hold. Only cublaslt.py imports nvmath too.
 
 CuPy refuses to have its products captured (its issue 6290), and allocates for some of them. Here the handle and the
 workspace are our own, so that nothing is allocated while a product is asked for, and nothing waits.
@@ -51,7 +51,7 @@ PRODUCTS = (
     ("bfloat16", "bfloat16", "float32"),
     ("bfloat16", "float32", "float32"),
 )
-_UNASKED = {(factors, product): arithmetic for factors, product, arithmetic in reversed(PRODUCTS)}
+UNASKED = {(factors, product): arithmetic for factors, product, arithmetic in reversed(PRODUCTS)}
 
 ALGORITHM = -1  # CUBLAS_GEMM_DEFAULT: by cuBLAS's own rule, which depends on the shapes and not on time
 HOST = 0  # CUBLAS_POINTER_MODE_HOST: alpha and beta are read when a product is asked for; a graph has them as they are
@@ -73,6 +73,35 @@ def bindings() -> Any:
 def version() -> str:
     """Of the bindings, for `Backend.libraries`."""
     return f"nvmath-python {metadata.version('nvmath-python')}"
+
+
+class Sizes(NamedTuple):
+    """Of a product: its rows and columns, what is summed over, and the arithmetic (of ARITHMETIC)."""
+
+    rows: int
+    inner: int
+    columns: int
+    arithmetic: str
+
+
+def sizes(a: Array, b: Array, out: Array, transpose_a: bool, transpose_b: bool, arithmetic: str) -> Sizes:
+    """Those of out = op(a) @ op(b).
+
+    Raises:
+        ValueError: shapes that do not go together, dtypes or an arithmetic that PRODUCTS has not, or an array that
+            is not C-contiguous.
+    """
+    of_factors, of_product = str(a.dtype), str(out.dtype)
+    arithmetic = arithmetic or UNASKED.get((of_factors, of_product), "none")
+    if b.dtype != a.dtype or (of_factors, of_product, arithmetic) not in PRODUCTS:
+        raise ValueError(f"no product of {a.dtype} and {b.dtype} into {out.dtype} by {arithmetic} arithmetic")
+    rows, inner = a.shape[::-1] if transpose_a else a.shape
+    inner_b, columns = b.shape[::-1] if transpose_b else b.shape
+    if inner != inner_b or out.shape != (rows, columns):
+        raise ValueError(f"{(rows, inner)} @ {(inner_b, columns)} is no product of shape {out.shape}")
+    if not (a.flags.c_contiguous and b.flags.c_contiguous and out.flags.c_contiguous):
+        raise ValueError("the arrays of a product must be C-contiguous")
+    return Sizes(rows, inner, columns, arithmetic)
 
 
 class Gemm:
@@ -109,19 +138,9 @@ class Gemm:
         """out = op(a) @ op(b), or out += it; op transposes or does not.
 
         Raises:
-            ValueError: shapes that do not go together, dtypes or an arithmetic that PRODUCTS has not, or an array that
-                is not C-contiguous.
+            ValueError: what is no product: see `sizes`.
         """
-        of_factors, of_product = str(a.dtype), str(out.dtype)
-        arithmetic = arithmetic or _UNASKED.get((of_factors, of_product), "none")
-        if b.dtype != a.dtype or (of_factors, of_product, arithmetic) not in PRODUCTS:
-            raise ValueError(f"no product of {a.dtype} and {b.dtype} into {out.dtype} by {arithmetic} arithmetic")
-        rows, inner = a.shape[::-1] if transpose_a else a.shape
-        inner_b, columns = b.shape[::-1] if transpose_b else b.shape
-        if inner != inner_b or out.shape != (rows, columns):
-            raise ValueError(f"{(rows, inner)} @ {(inner_b, columns)} is no product of shape {out.shape}")
-        if not (a.flags.c_contiguous and b.flags.c_contiguous and out.flags.c_contiguous):
-            raise ValueError("the arrays of a product must be C-contiguous")
+        rows, inner, columns, arithmetic = sizes(a, b, out, transpose_a, transpose_b, arithmetic)
         self._follow()
         number, scalar = ARITHMETIC[arithmetic]
         zero, one = self._scalars[scalar]
@@ -134,14 +153,14 @@ class Gemm:
             inner,
             ctypes.addressof(one),
             b.data.ptr,
-            TYPES[of_factors],
+            TYPES[str(a.dtype)],
             b.shape[1],
             a.data.ptr,
-            TYPES[of_factors],
+            TYPES[str(a.dtype)],
             a.shape[1],
             ctypes.addressof(one if add else zero),
             out.data.ptr,
-            TYPES[of_product],
+            TYPES[str(out.dtype)],
             columns,
             number,
             ALGORITHM,

@@ -23,7 +23,7 @@ import numpy as np
 from gpu_bp import host_memory
 from gpu_bp.backends import host_calls as calls
 from gpu_bp.backends import host_libraries, host_threads
-from gpu_bp.backends.base import Action, Division, Numbers, or_unknown
+from gpu_bp.backends.base import Action, Apart, Division, Numbers, or_unknown
 from gpu_bp.backends.host_scratch import BLOCK, LOOK, TILE, Scratch, block_rows
 from gpu_bp.formula import Program, evaluate
 from gpu_bp.precision import PRECISIONS, dotted
@@ -66,7 +66,7 @@ class HostNumbers:
                 self._array[:] = self._values
 
 
-class NumpyBackend:
+class NumpyBackend(Apart):
     """Arrays in host memory, products by NumPy's BLAS."""
 
     name = "numpy"

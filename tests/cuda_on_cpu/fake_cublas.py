@@ -65,7 +65,7 @@ class FakeCublas:
 
     def set_workspace(self, handle: int, workspace: int, workspace_size_in_bytes: int) -> None:
         self._call("set_workspace", handle)
-        self._memory(workspace, workspace_size_in_bytes)
+        memory(self._cupy, workspace, workspace_size_in_bytes)
         self._workspaces[handle] = workspace, workspace_size_in_bytes
 
     def gemm_ex(
@@ -99,36 +99,45 @@ class FakeCublas:
             self._cupy.device.uncapturable("allocations")
         arithmetic, scalar = COMPUTE[compute_type]
         factor, rest = scalar.from_address(alpha).value, scalar.from_address(beta).value
-        left = self._matrix(a, atype, (k, m) if transa else (m, k), lda)
-        right = self._matrix(b, btype, (n, k) if transb else (k, n), ldb)
-        out = self._matrix(c, ctype, (m, n), ldc)
+        left = matrix(self._cupy, a, atype, (k, m) if transa else (m, k), lda)
+        right = matrix(self._cupy, b, btype, (n, k) if transb else (k, n), ldb)
+        out = matrix(self._cupy, c, ctype, (m, n), ldc)
         if np.may_share_memory(out, left) or np.may_share_memory(out, right):
             raise CublasError("cuBLAS reads its factors while it writes the product")
-        cast = _tf32 if compute_type == TF32 else lambda x: x.astype(arithmetic)
 
         def run() -> None:
             with np.errstate(all="ignore"):  # as on a device
-                product = cast(left.T if transa else left) @ cast(right.T if transb else right)
+                product = multiplied(left.T if transa else left, right.T if transb else right, compute_type)
                 out[...] = factor * product + rest * out.astype(arithmetic) if rest else factor * product
 
         self._cupy.device.launch(run)
 
-    def _matrix(self, address: int, number: int, shape: tuple[int, int], leading: int) -> np.ndarray:
-        """A matrix whose columns begin `leading` elements after each other."""
-        rows, columns = shape
-        dtype = np.dtype(DTYPES[number])
-        if leading < max(1, rows):
-            raise CublasError(f"a leading dimension of {leading} for {rows} rows")
-        memory = self._memory(address, dtype.itemsize * (leading * (columns - 1) + rows))
-        strides = (dtype.itemsize, dtype.itemsize * leading)
-        return np.lib.stride_tricks.as_strided(memory.view(dtype), shape, strides)
 
-    def _memory(self, address: int, nbytes: int) -> np.ndarray:
-        """So many bytes of the device from an address on."""
-        found = self._cupy.device.memory_at(address, nbytes)
-        if found is None:
-            raise CublasError(f"{nbytes} bytes that are no array's")
-        return found
+def matrix(cupy: FakeCupy, address: int, number: int, shape: tuple[int, int], leading: int) -> np.ndarray:
+    """A matrix in device memory whose columns begin `leading` elements after each other."""
+    rows, columns = shape
+    dtype = np.dtype(DTYPES[number])
+    if leading < max(1, rows):
+        raise CublasError(f"a leading dimension of {leading} for {rows} rows")
+    found = memory(cupy, address, dtype.itemsize * (leading * (columns - 1) + rows))
+    strides = (dtype.itemsize, dtype.itemsize * leading)
+    return np.lib.stride_tricks.as_strided(found.view(dtype), shape, strides)
+
+
+def memory(cupy: FakeCupy, address: int, nbytes: int) -> np.ndarray:
+    """So many bytes of the device from an address on."""
+    found = cupy.device.memory_at(address, nbytes)
+    if found is None:
+        raise CublasError(f"{nbytes} bytes that are no array's")
+    return found
+
+
+def multiplied(left: np.ndarray, right: np.ndarray, compute_type: int) -> np.ndarray:
+    """Their product, in an arithmetic's type."""
+    arithmetic, _ = COMPUTE[compute_type]
+    cast = _tf32 if compute_type == TF32 else lambda x: x.astype(arithmetic)
+    product: np.ndarray = cast(left) @ cast(right)
+    return product
 
 
 def _tf32(x: np.ndarray) -> Any:

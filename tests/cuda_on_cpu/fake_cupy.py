@@ -25,6 +25,7 @@ from cuda_on_cpu import codegen
 from cuda_on_cpu.cpu import Kernel, array_argument, indexer_argument, pointer_argument, scalar_argument
 from cuda_on_cpu.device import CaptureError, Device, Order, Queue, ndarray
 from cuda_on_cpu.fake_cublas import FakeCublas
+from cuda_on_cpu.fake_cublaslt import FakeCublasLt
 
 DEFAULT_BLOCK = 128
 
@@ -39,7 +40,7 @@ class FakeCupy:
         capability: the compute capability of the device, such as "90" for 9.0.
 
     Attributes:
-        bindings: stands for nvmath.bindings.cublas.
+        bindings, lt_bindings: stand for nvmath.bindings.cublas and cublasLt.
         ranges: the NVTX ranges that were opened and closed again, in the order of their ends, each "outer/inner".
     """
 
@@ -52,6 +53,7 @@ class FakeCupy:
         self._streams = [Stream(self, self.device.queue, 0)]  # the default one first
         self._current = [self._streams[0]]
         self.bindings = FakeCublas(self)
+        self.lt_bindings = FakeCublasLt(self)
         self.ranges: list[str] = []
         self._open_ranges: list[str] = []
         self.cublas = SimpleNamespace(gemm=self._gemm)

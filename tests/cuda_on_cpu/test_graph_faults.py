@@ -119,12 +119,11 @@ def test_a_launch_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch)
 def test_without_the_bindings(error: Exception, words: str, caplog: pytest.LogCaptureFixture) -> None:
     """CuPy multiplies, nothing is captured, and it is said why, once."""
     cupy = FakeCupy()
-    module = cupy_backend_module(cupy)
 
     def bindings() -> Any:
         raise error
 
-    module.bindings = bindings
+    module = cupy_backend_module(cupy, bindings)
     b = module.CupyBackend()
     with caplog.at_level(logging.WARNING, "gpu_bp"):
         assert module.why_unusable() is None

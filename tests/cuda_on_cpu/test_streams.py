@@ -145,7 +145,7 @@ def test_long_ranges_are_generated_in_parts() -> None:
     rows = []
     for numbers in (2**24, 32 * 7):  # the widest stage has 32 columns
         module = cupy_backend_module(FakeCupy())
-        module.GENERATED = numbers
+        module.Generator.AT_ONCE = numbers
         rows.append(gpu_bp.load_data(config, backend=module.CupyBackend()).rows("train"))
     np.testing.assert_array_equal(rows[0].inputs, rows[1].inputs)
     np.testing.assert_array_equal(rows[0].targets, rows[1].targets)
