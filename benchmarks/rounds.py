@@ -20,7 +20,7 @@ def alternate(
 
 
 def each_round(
-    backend: Backend, calls: Sequence[Callable[[], None]], rounds: int = ROUNDS, seconds: float | None = None
+    backend: Backend, calls: Sequence[Callable[[], object]], rounds: int = ROUNDS, seconds: float | None = None
 ) -> list[list[float]]:
     """Seconds a call, of each call those of the rounds, which take the calls in turn, for so many seconds each.
 
