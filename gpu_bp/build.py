@@ -19,6 +19,7 @@ from gpu_bp.initial import initialise
 from gpu_bp.network import Network
 from gpu_bp.objective import Objective
 from gpu_bp.precision import PRECISIONS
+from gpu_bp.sharding import Sharding
 
 
 def build_network(config: Config, dataset: Dataset, backend: Backend, precision: str | None = None) -> Network:
@@ -57,7 +58,19 @@ def network_of_zeros(config: Config, dataset: Dataset, backend: Backend, precisi
     return network
 
 
-def build_batches(config: Config, source: Source, backend: Backend, dtype: Any) -> Batches:
+def build_sharding(config: Config, network: Network, source: Source) -> Sharding | None:
+    """How the steps of a training are split; None where they are not."""
+    train = config.train
+    if train.shards == 1:
+        return None
+    rows = -(-min(train.batch_size, source.n_rows) // train.shards)
+    leaf_rows = network.backend.division(network.widths, rows, workers=1).rows
+    return Sharding(train.shards, min(leaf_rows, train.part_rows or leaf_rows), 0, train.shards)
+
+
+def build_batches(
+    config: Config, source: Source, backend: Backend, dtype: Any, sharding: Sharding | None = None
+) -> Batches:
     """The batches of the training rows."""
     data, train = config.data, config.train
     return Batches(
@@ -71,6 +84,7 @@ def build_batches(config: Config, source: Source, backend: Backend, dtype: Any) 
         block_rows=data.block_rows,
         window_blocks=data.window_blocks,
         steps_at_once=backend.steps_at_once,
+        sharding=sharding,
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from gpu_bp.average import Average
 from gpu_bp.backends import Backend
-from gpu_bp.build import build_batches, build_objective, network_of_zeros
+from gpu_bp.build import build_batches, build_objective, build_sharding, network_of_zeros
 from gpu_bp.config import Config
 from gpu_bp.counting import Counting, ask, counted, resident
 from gpu_bp.data import Dataset
@@ -91,7 +91,8 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
                 batch = ask(evaluator.batches, sources[name], on, dtype)
                 evaluator.objective.forward(batch)
     with part("batches"):
-        batches = build_batches(config, sources["train"], on, dtype)
+        sharding = build_sharding(config, network, sources["train"])
+        batches = build_batches(config, sources["train"], on, dtype, sharding)
         batch = ask(batches, sources["train"], on, dtype)
     with part("optimizer state"):
         optimizer = Optimizer(config.optimizer.record(), network, constant(config.optimizer.learning_rate))
@@ -99,14 +100,18 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
         weights = np.ones(len(class_names(dataset))) if config.loss.class_weight else None
         objective = build_objective(config, network, batches.part_size, weights)
         asked = config.regularisation
-        step = Step(objective, optimizer, clip_norm=asked.clip_norm, max_norm=asked.max_norm, average=average)
+        step = Step(
+            objective, optimizer, clip_norm=asked.clip_norm, max_norm=asked.max_norm, average=average, sharding=sharding
+        )
     counting.device["signals"] -= objective.gradients.nbytes
     counting.device["gradients"] += objective.gradients.nbytes
     with part(SUMMED):
         several = batches.size > batches.part_size
         step(replace(batch, last=not several))
-        if several:
-            step(replace(batch, place=batches.part_size))
+        if several:  # once more, as the end of the step
+            start = sharding.leaves(batches.size)[-1][0] if sharding else batches.part_size
+            n = min(batch.n, batches.size - start)
+            step(replace(batch.part(0, n), place=start, rows_in_step=batches.size))
     device, host = counting.device, counting.host
     device[SCRATCH] = counting.scratch
     here = device if backend.name == "numpy" else host

@@ -70,3 +70,15 @@ class Share:
         for total, added in pairs:
             backend.accumulate(added, total)
             backend.fill(added, 0)
+
+    def add(self, other: Share, weighted: bool) -> None:
+        """Adds another's gradient and sums to these; its sums of losses begin anew."""
+        own = self.objective.gradients
+        self.objective.network.backend.add(own, other.objective.gradients, own)
+        self.add_totals(other, weighted)
+
+    def clear(self) -> None:
+        """The gradient and all sums of no rows."""
+        objective = self.objective
+        for array in (objective.gradients, objective.total, objective.weight, self.weight):
+            objective.network.backend.fill(array, 0)

@@ -24,6 +24,8 @@ from gpu_bp.loss_scaling import LossScaling
 from gpu_bp.network import ALIGNMENT
 from gpu_bp.objective import Objective
 from gpu_bp.optimizer import Optimizer
+from gpu_bp.sharded_gradient import ShardedGradient
+from gpu_bp.sharding import Sharding
 from gpu_bp.share import Share
 from gpu_bp.spec import Array
 
@@ -50,6 +52,8 @@ class Step:
         max_norm: likewise the weights of each hidden unit after the update; 0: never.
         average: a moving average of the parameters that each step brings up to date.
         watch: False leaves out the look at what is finite; not in float16.
+        sharding: how a step is split into shards, that its bits depend on nothing else; else its gradient is summed by
+            as many workers as there are.
 
     Attributes:
         flag: (1,) int64 on the device, -1 until a step goes wrong, then its number, the first step being 1; None
@@ -65,6 +69,7 @@ class Step:
         max_norm: float = 0.0,
         average: Average | None = None,
         watch: bool = True,
+        sharding: Sharding | None = None,
     ) -> None:
         network, backend = objective.network, objective.network.backend
         self.objective = objective
@@ -81,10 +86,17 @@ class Step:
         self.flag: Array | None = backend.to_device(np.full(1, -1)) if watch or self.scaling else None
         self._steps = backend.zeros((1,), np.int64)  # taken so far, on the device
         self._counted = 0  # what it is
+        self._sharded = ShardedGradient(objective, self._steps, sharding, self._record) if sharding else None
         self._part_rows, workers = backend.division(network.widths, objective.batch_size)
+        self._updaters = workers
+        if self._sharded is not None:
+            self._part_rows, workers = self._sharded.sharding.leaf_rows, 1
         own = objective if self._part_rows >= objective.batch_size else objective.in_parts(self._part_rows)
         others = [objective.like(self._part_rows) for _ in range(workers - 1)]
         self._shares = [Share(each, self._steps) for each in (own, *others)]
+        self._own = own  # what works on its parts
+        if self._sharded is not None:
+            self._shares = [self._sharded.share]
         self._rows = self._used = 0  # of the step so far: its rows, and how many shares have a gradient of it
         self._recorded: dict[tuple[object, ...], Action] = {}
         self._plans: dict[tuple[object, ...], list[list[_Part]]] = {}
@@ -105,12 +117,19 @@ class Step:
             self._rows = self._used = 0
         whole = self._whole.get((place, *self._kind_of_average())) if batch.last and not batch.place else None
         self._rows += len(batch.inputs)
+        if self._sharded is not None:
+            self._rows = batch.step_rows
         self._count()
         steps = optimizer.steps
         try:
             if batch.last:
                 optimizer.begin(1.0 if objective.weighs(batch) else 1 / self._rows)  # 1 / total weight
-            if whole is not None:
+            if self._sharded is not None:
+                self._sharded(batch)
+                if batch.last:
+                    self._used = 1
+                    self._update(batch)
+            elif whole is not None:
                 whole()
             elif len(batch.inputs) <= self._part_rows:
                 self._at_one_go(batch, place)
@@ -119,7 +138,10 @@ class Step:
         except BaseException:
             self._go_back(steps)
             raise
-        objective.count(batch)
+        if self._sharded is None:
+            objective.count(batch)
+        elif batch.last:
+            objective.count(batch, batch.step_rows)
         if batch.last:
             self._counted += 1
             if self.average is not None:
@@ -250,7 +272,7 @@ class Step:
     def _update(self, batch: Batch) -> None:
         """The update after a batch that was cut: by as many workers, each for a range of the parameters."""
         used, n = self._used, len(self.objective.gradients)
-        workers = max(1, min(len(self._shares), n // UPDATED))
+        workers = max(1, min(self._updaters, n // UPDATED))
         phases = self._phases(batch, used, workers)
         kind = self._kind_of_update(batch, used)
         for k, phase in enumerate(phases):
@@ -353,18 +375,27 @@ class Step:
         for share in self._shares[1:]:
             share.objective.total.fill(0)
             share.objective.weight.fill(0)
+        if self._sharded is not None:
+            self._sharded.forget()
 
     @property
     def objective_of_parts(self) -> Objective:
         """The objective as it works on the parts of a batch; its sums and gradients are those of `objective`."""
-        return self._shares[0].objective
+        return self._own
 
     def cut(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Batches in parts that `objective_of_parts` takes."""
         for batch in batches:
-            for start, end in _cut(batch.n, 1, 0, self._part_rows):
+            for start, end in self._cuts(batch):
                 part = batch.part(start, end)
                 yield replace(part, place=batch.place + start, last=batch.last and end == batch.n)
+
+    def _cuts(self, batch: Batch) -> list[tuple[int, int]]:
+        if self._sharded is None:
+            return _cut(batch.n, 1, 0, self._part_rows)
+        place, end = batch.place, batch.place + batch.n
+        leaves = self._sharded.sharding.leaves(batch.step_rows)
+        return [(a - place, b - place) for a, b in leaves if place <= a and b <= end]
 
 
 class _Part(NamedTuple):

@@ -142,11 +142,11 @@ class Timing:
 
         return play
 
-    def together(self, actions: Sequence[Action]) -> None:
+    def together(self, actions: Sequence[Action], *, alike: bool = False) -> None:
         for action in actions:
             action()
 
-    def division(self, widths: Sequence[int], rows: int) -> Division:
+    def division(self, widths: Sequence[int], rows: int, workers: int | None = None) -> Division:
         return Division(rows, 1)
 
     def _timed(self, name: str) -> Callable[..., None]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu_bp.average import Average
 from gpu_bp.backends import Backend
-from gpu_bp.build import build_batches, build_network, build_objective
+from gpu_bp.build import build_batches, build_network, build_objective, build_sharding
 from gpu_bp.config import Config
 from gpu_bp.config_schedule import PlateauSchedule
 from gpu_bp.data import Dataset, load_data
@@ -55,7 +55,8 @@ class Trainer:
         self.model = Model(network, dataset.preparation, loss)
         sources, self.where_data = settle(backend, dataset.sources, config.data.residency, network.dtype)
         self._evaluators = evaluators(network, loss, sources, train.metric_records())
-        self.batches = build_batches(config, sources["train"], backend, network.dtype)
+        self._sharding = build_sharding(config, network, sources["train"])
+        self.batches = build_batches(config, sources["train"], backend, network.dtype, self._sharding)
         per_epoch = self.batches.per_epoch
         self.total_steps = train.total_steps(per_epoch)
         # a line an epoch, and where the rows are seen once, a hundred
@@ -95,7 +96,14 @@ class Trainer:
             penalties=asked.penalties,
             biases=asked.biases,
         )
-        return Step(objective, optimizer, clip_norm=asked.clip_norm, max_norm=asked.max_norm, average=self.average)
+        return Step(
+            objective,
+            optimizer,
+            clip_norm=asked.clip_norm,
+            max_norm=asked.max_norm,
+            average=self.average,
+            sharding=self._sharding,
+        )
 
     def _build_schedule(self) -> Schedule:
         section = self.config.schedule
