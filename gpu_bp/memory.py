@@ -9,7 +9,7 @@ A training that does not fit is refused in one line, which says what would.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -21,7 +21,9 @@ from gpu_bp.build import build_batches, build_objective, build_sharding, network
 from gpu_bp.config import Config
 from gpu_bp.counting import Counting, ask, counted, resident
 from gpu_bp.data import Dataset
+from gpu_bp.data.batches import Batches
 from gpu_bp.data.classes import class_names
+from gpu_bp.data.source import Batch
 from gpu_bp.data.sources import place
 from gpu_bp.errors import UserError
 from gpu_bp.evaluation import evaluators
@@ -30,6 +32,7 @@ from gpu_bp.optimizer import Optimizer
 from gpu_bp.precision import PRECISIONS
 from gpu_bp.schedule import constant
 from gpu_bp.selection import Selection
+from gpu_bp.sharding import Sharding
 from gpu_bp.step import Step
 
 # What is proposed takes so much of the memory at most: how much is free changes, and a device rounds arrays up.
@@ -106,12 +109,8 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
     counting.device["signals"] -= objective.gradients.nbytes
     counting.device["gradients"] += objective.gradients.nbytes
     with part(SUMMED):
-        several = batches.size > batches.part_size
-        step(replace(batch, last=not several))
-        if several:  # once more, as the end of the step
-            start = sharding.leaves(batches.size)[-1][0] if sharding else batches.part_size
-            n = min(batch.n, batches.size - start)
-            step(replace(batch.part(0, n), place=start, rows_in_step=batches.size))
+        for each in _parts_of_a_step(batches, batch, sharding):
+            step(each)
     device, host = counting.device, counting.host
     device[SCRATCH] = counting.scratch
     here = device if backend.name == "numpy" else host
@@ -129,6 +128,20 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
         train.total_steps(batches.per_epoch),
         where,
     )
+
+
+def _parts_of_a_step(batches: Batches, batch: Batch, sharding: Sharding | None) -> Iterator[Batch]:
+    """What a step asks of a backend, but no more of it than makes arrays; `batch` is its first part."""
+    if batches.part_size == batches.size:
+        yield batch
+    elif sharding is None:
+        yield replace(batch, last=False)
+        n = min(batch.n, batches.size - batches.part_size)
+        yield replace(batch.part(0, n), place=batches.part_size, rows_in_step=batches.size)  # as if the step ended here
+    else:
+        rows = min(batches.size, 2 * sharding.shards * batches.part_size)  # for two parts of a shard
+        for start, end in sharding.leaves(rows):
+            yield replace(batch.part(0, end - start), place=start, last=end == rows, rows_in_step=rows)
 
 
 def refuse_too_large(config: Config, dataset: Dataset, backend: Backend) -> None:

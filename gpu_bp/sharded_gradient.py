@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -24,8 +23,11 @@ class ShardedGradient:
         record: keeps what is done again and again under a key, for a worker; see `Backend.record`.
 
     Attributes:
-        share: the objective's, with what the step's rows weighed.
+        part_rows: 0, since a batch of any size is cut. objective: what works on a leaf.
+        shares: the objective's alone, `used` once it has all of a step.
     """
+
+    part_rows = 0
 
     def __init__(
         self,
@@ -34,87 +36,124 @@ class ShardedGradient:
         sharding: Sharding,
         record: Callable[[tuple[object, ...], Action, int], Action],
     ) -> None:
-        self.share = Share(objective, steps)
-        self.sharding = sharding
-        self._objective = objective
+        self._whole = objective
         self._backend = objective.network.backend
+        self.objective = objective.in_parts(sharding.leaf_rows)
+        self.shares = [Share(objective, steps)]
+        self.used = 0
+        self._sharding = sharding
         self._steps = steps
         self._record = record
         self._slots: list[list[Share]] = []  # of each worker
         self._plans: dict[tuple[object, ...], list[list[_Work]]] = {}
-
-    def workers(self, n: int) -> int:
-        """How many work on so many rows at once: a power of two."""
-        most = min(self._backend.division(self._objective.network.widths, n).workers, self.sharding.count)
-        return 1 << (most.bit_length() - 1)
+        # of a step in several batches: its rows, and what is still to be done
+        self._rows = 0
+        self._next: Operation | None = None
+        self._others: Iterator[Operation] = iter(())
 
     def __call__(self, batch: Batch) -> None:
-        """Goes on with a step; with its last batch all is in the objective's gradient, its sums and `share`."""
-        n, here = batch.step_rows, self.sharding.rows(batch.step_rows)
-        whole = (batch.place, batch.place + batch.n) == here
-        workers = self.workers(batch.n) if whole else 1
-        key = n, workers, batch.targets.ndim, batch.weights is not None
-        if key not in self._plans:
-            self._plans[key] = self._plan(batch, workers)
-        plan = self._plans[key]
-        if not whole:
-            ends = [work.end for work in plan[0]]
-            done = bisect_right(ends, batch.place) if batch.place > here[0] else 0
-            plan = [plan[0][done : bisect_right(ends, batch.place + batch.n)]]
+        """Goes on with a step; with its last batch all is in the objective's gradient, its sums and its share.
+
+        Raises:
+            ValueError: a batch that does not follow the one before, or does not end where a leaf does.
+        """
+        if batch.place == self._sharding.rows(batch.step_rows)[0] and self._next is not None:
+            self.forget()  # the step before was not finished
+        plan, weighted = self._plan(batch), self._whole.weighs(batch)
         self._backend.together([partial(_do, works, batch) for works in plan], alike=True)
         if batch.last:
-            self._record(("shards", "end", workers, key[-1]), partial(self._end, workers, batch), 0)()
+            self._record(("shards", "end", len(plan), weighted), partial(self._end, len(plan), weighted), 0)()
+            self._whole.count(batch, batch.step_rows)
+            self.used = 1
 
-    def _plan(self, batch: Batch, workers: int) -> list[list[_Work]]:
-        """What each worker does with the rows of a step."""
-        count = self.sharding.count // workers
-        plan = []
-        for worker in range(workers):
-            first = self.sharding.first + worker * count
-            operations = list(self.sharding.operations(batch.step_rows, first, count))
-            slots = self._slots_of(worker, 1 + max(each.slot for each in operations))
-            plan.append([self._work(each, batch, worker, slots) for each in operations])
-        return plan
+    def _plan(self, batch: Batch) -> list[list[_Work]]:
+        """What each worker does with a batch."""
+        n = batch.step_rows
+        if not batch.last or (batch.place, batch.place + batch.n) != self._sharding.rows(n):
+            return [self._part(batch)]
+        workers = self._workers(batch.n)
+        key = n, workers, *batch.kind
+        if key not in self._plans:
+            count = self._sharding.count // workers
+            starts = [self._sharding.first + worker * count for worker in range(workers)]
+            self._plans[key] = [
+                [self._work(each, batch, worker) for each in self._sharding.operations(n, first, count)]
+                for worker, first in enumerate(starts)
+            ]
+        return self._plans[key]
 
-    def _work(self, operation: Operation, batch: Batch, worker: int, slots: list[Share]) -> _Work:
+    def _workers(self, n: int) -> int:
+        """How many work on so many rows at once: a power of two."""
+        most = min(self._backend.division(self._whole.network.widths, n).workers, self._sharding.count)
+        return 1 << (most.bit_length() - 1)
+
+    def _part(self, batch: Batch) -> list[_Work]:
+        """What is done with one batch of several."""
+        sharding, n, end = self._sharding, batch.step_rows, batch.place + batch.n
+        if batch.place == sharding.rows(n)[0]:
+            self._rows, self._others = n, sharding.operations(n, sharding.first, sharding.count)
+            self._next = next(self._others)
+        follows, works = self._rows == n, []
+        while self._next is not None and self._next.end <= end:
+            works.append(self._work(self._next, batch, 0))
+            self._next = next(self._others, None)
+        fits = works and works[0].start == batch.place and works[-1].end == end
+        if not (follows and fits and batch.last == (self._next is None)):
+            raise ValueError(
+                f"rows {batch.place} to {end} of a step of {n} in {sharding.shards} shards; cut it as Sharding.leaves "
+                "does, and say rows_in_step"
+            )
+        return works
+
+    def _work(self, operation: Operation, batch: Batch, worker: int) -> _Work:
         at, start, end, add = operation
+        slots = self._slots_of(worker, at + 1)
         slot = slots[at]
         if add:
-            other, weighted = slots[at + 1], self._objective.weighs(batch)
+            other, weighted = slots[at + 1], self._whole.weighs(batch)
             key: tuple[object, ...] = "add", worker, at, weighted
             return _Work(start, end, self._record(key, partial(slot.add, other, weighted), worker))
         if start == end:
             return _Work(start, end, self._record(("none", worker, at), slot.clear, worker))
         rows = slots[0].part(batch, end - start)
-        place = start if self._objective.noise is not None else 0
+        place = start if self._whole.noise is not None else 0
         run = partial(slot.gradient, replace(rows, place=place), add=False)
-        key = "leaf", worker, at, rows.n, place, batch.targets.ndim, batch.weights is not None
+        key = "leaf", worker, at, rows.n, place, *batch.kind
         return _Work(start, end, self._record(key, run, worker), slots[0])
 
     def _slots_of(self, worker: int, count: int) -> list[Share]:
         """The slots of a worker; the first one of all has the objective's gradient."""
         if worker == len(self._slots):
-            rows = self.sharding.leaf_rows
-            own = self._objective.like(rows) if worker else self._objective.in_parts(rows)
+            own = self._whole.like(self.objective.batch_size) if worker else self.objective
             self._slots.append([Share(own.beside(own.gradients), self._steps)])
         slots = self._slots[worker]
         while len(slots) < count:
             slots.append(Share(slots[0].objective.beside(), self._steps))
         return slots
 
-    def _end(self, workers: int, batch: Batch) -> None:
+    def _end(self, workers: int, weighted: bool) -> None:
         """The sums of the workers in the same tree; then they are the objective's."""
-        weighted, stride = self._objective.weighs(batch), 1
+        share, stride = self.shares[0], 1
         while stride < workers:
             for worker in range(0, workers, 2 * stride):
                 self._slots[worker][0].add(self._slots[worker + stride][0], weighted)
             stride *= 2
         if weighted:
-            self._backend.fill(self.share.weight, 0)
-        self.share.add_totals(self._slots[0][0], weighted)
+            self._backend.fill(share.weight, 0)
+        share.add_totals(self._slots[0][0], weighted)
+
+    def cuts(self, batch: Batch) -> list[tuple[int, int]]:
+        """First and end of the leaves of a batch."""
+        place, end = batch.place, batch.place + batch.n
+        return [(a - place, b - place) for a, b in self._sharding.leaves(batch.step_rows) if place <= a and b <= end]
+
+    def forget_plans(self) -> None:
+        """What was recorded is gone."""
+        self._plans.clear()
 
     def forget(self) -> None:
         """After a step that was not finished: nothing of it is added to the next."""
+        self._next = None
         for slots in self._slots:
             for slot in slots:
                 slot.clear()

@@ -38,14 +38,26 @@ class Sharding:
     first: int
     count: int
 
+    def __post_init__(self) -> None:
+        if min(self.shards, self.leaf_rows, self.count) < 1 or self.shards & (self.shards - 1):
+            raise ValueError(f"{self.shards} shards in leaves of {self.leaf_rows} rows; a power of two, and 1 or more")
+        if self.count & (self.count - 1) or self.first % self.count or not 0 <= self.first < self.shards:
+            raise ValueError(f"shards {self.first} to {self.first + self.count} of {self.shards} are no subtree")
+
     def rows(self, n: int) -> tuple[int, int]:
         """Of n rows of a step the first that is worked on here, and the end of them."""
         return self._edge(n, self.first), self._edge(n, self.first + self.count)
 
-    def leaves(self, n: int) -> list[tuple[int, int]]:
+    def leaves(self, n: int) -> Iterator[tuple[int, int]]:
         """What is worked on at a time here, of a step of n rows: first and end, none without rows."""
-        operations = self.operations(n, self.first, self.count)
-        return [(each.start, each.end) for each in operations if not each.add and each.start < each.end]
+        for each in self.operations(n, self.first, self.count):
+            if not each.add and each.start < each.end:
+                yield each.start, each.end
+
+    def largest_leaf(self, n: int) -> int:
+        """Rows that are worked on at a time of a step of n rows, here or elsewhere, at most."""
+        of_shards = {n // self.shards, -(-n // self.shards)} - {0}
+        return max(-(-rows // -(-rows // self.leaf_rows)) for rows in of_shards)
 
     def operations(self, n: int, first: int, count: int, slot: int = 0) -> Iterator[Operation]:
         """What puts the sums over `count` shards from `first` on into a slot, in slots from there on."""

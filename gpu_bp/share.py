@@ -30,13 +30,13 @@ class Share:
 
     def part(self, batch: Batch, n: int) -> Batch:
         """The worker's own arrays for n rows of such a batch."""
-        key = n, batch.targets.ndim, batch.weights is not None, batch.place, batch.last
+        key = n, *batch.kind, batch.place, batch.last
         if key not in self._parts:
             self._parts[key] = self._new_part(batch, n)
         return self._parts[key]
 
     def _new_part(self, batch: Batch, n: int) -> Batch:
-        kind = batch.targets.ndim, batch.weights is not None
+        kind = batch.kind
         if kind not in self._arrays:
             rows, zeros = self.objective.batch_size, self.objective.network.backend.zeros
             arrays = [zeros((rows, *array.shape[1:]), array.dtype) for array in batch.filled]

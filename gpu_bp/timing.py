@@ -193,10 +193,10 @@ def _phase(name: str, given: Mapping[str, Any], back: bool) -> str:
     """The phase of an operation of a step, before or after the output layer's delta, from which on it goes back."""
     if name == "accumulate" and given.get("squares"):
         return "update"
+    if name == "add" and given["out"].ndim == 1:  # gradients of a step in several parts, in the flat buffer
+        return "backward"
     if back and name in ("matmul", "dropout", "add"):
-        # the gradients of a step in several batches are added up in the flat buffer
-        of_gradients = given.get("transpose_a") if name == "matmul" else name == "add" and given["out"].ndim == 1
-        return "backward" if of_gradients else "delta"
+        return "backward" if given.get("transpose_a") else "delta"
     return OPERATIONS[name][0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +54,7 @@ class Batches:
         self.size = min(batch_size, source.n_rows)
         self.part_size = min(part_rows or self.size, self.size)
         if sharding is not None and self.part_size < self.size:
-            self.part_size = max(end - start for start, end in sharding.leaves(self.size))
+            self.part_size = sharding.largest_leaf(self.size)
         self.per_epoch = -(-source.n_rows // self.size)
         self._length = self.per_epoch * self.size if sampling == "replacement" else source.n_rows
         self._steps = 1
@@ -106,7 +106,7 @@ class Batches:
                 yield start, step, place, end - place
             start += step
 
-    def _cuts(self, step: int) -> list[tuple[int, int]]:
+    def _cuts(self, step: int) -> Iterable[tuple[int, int]]:
         """The parts of a step of so many rows."""
         if self.part_size >= step:
             return [(0, step)]

@@ -58,6 +58,11 @@ class Batch:
         return len(self.inputs)
 
     @property
+    def kind(self) -> tuple[int, bool]:
+        """Of what kind its arrays are: the dimensions of the targets, and whether there are weights."""
+        return self.targets.ndim, self.weights is not None
+
+    @property
     def step_rows(self) -> int:
         """Rows of its step, here and elsewhere; only a batch that is not the whole step has to be told."""
         return self.rows_in_step or self.n
