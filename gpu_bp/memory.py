@@ -90,7 +90,7 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
             Selection(config.stopping, False, networks)
     with part("evaluation"):
         for each in networks:
-            for name, evaluator in evaluators(each, loss, sources, train.metric_records()).items():
+            for name, evaluator in evaluators(each, loss, sources, config).items():
                 batch = ask(evaluator.batches, sources[name], on, dtype)
                 evaluator.objective.forward(batch)
     with part("batches"):
@@ -109,8 +109,8 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
     counting.device["signals"] -= objective.gradients.nbytes
     counting.device["gradients"] += objective.gradients.nbytes
     with part(SUMMED):
-        for each in _parts_of_a_step(batches, batch, sharding):
-            step(each)
+        for part_of_step in _parts_of_a_step(batches, batch, sharding):
+            step(part_of_step)
     device, host = counting.device, counting.host
     device[SCRATCH] = counting.scratch
     here = device if backend.name == "numpy" else host
