@@ -5,6 +5,7 @@ They are made here for the training itself, and for what it will need of the mem
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,13 +60,14 @@ def network_of_zeros(config: Config, dataset: Dataset, backend: Backend, precisi
 
 
 def build_sharding(config: Config, network: Network, source: Source) -> Sharding | None:
-    """How the steps of a training are split; None where they are not."""
+    """How the steps of a training are split; None where they are not. Their arrays are for the largest leaf."""
     train = config.train
     if train.shards == 1:
         return None
-    rows = -(-min(train.batch_size, source.n_rows) // train.shards)
-    leaf_rows = network.backend.division(network.widths, rows, workers=1).rows
-    return Sharding(train.shards, min(leaf_rows, train.part_rows or leaf_rows), 0, train.shards)
+    rows = min(train.batch_size, source.n_rows)
+    leaf_rows = network.backend.division(network.widths, -(-rows // train.shards), workers=1).rows
+    sharding = Sharding(train.shards, min(leaf_rows, train.part_rows or leaf_rows), 0, train.shards)
+    return replace(sharding, leaf_rows=sharding.largest_leaf(rows))
 
 
 def build_batches(

@@ -15,7 +15,8 @@ MOST_LAYERS = 1000
 
 def _power_of_two(number: int) -> int:
     if number & (number - 1):
-        raise ValueError(f"must be a power of two, as {1 << number.bit_length() - 1} or {1 << number.bit_length()}")
+        below = 1 << number.bit_length() - 1
+        raise ValueError(f"must be a power of two, as {below} or {2 * below}, not {number}")
     return number
 
 

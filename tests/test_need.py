@@ -324,6 +324,13 @@ LARGE: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
         },
         [["train.part_rows"]],
     ),
+    "shards": (
+        {
+            "data": {"rows": 2_400_000, "residency": "host"},
+            "train": {"batch_size": 2_400_000, "shards": 4},
+        },
+        [["train.part_rows"], ["train.batch_size"]],
+    ),
     "rows": ({"data": {"rows": 2_000_000, "residency": "device"}}, [["data.residency"]]),
     "both": (
         {"data": {"rows": 2_000_000, "residency": "device"}, "train": {"batch_size": 1_900_000}},

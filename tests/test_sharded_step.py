@@ -242,11 +242,12 @@ def take(step: Step, whole: Batch, places: list[tuple[int, int, int, bool]]) -> 
     [
         [(0, 50, 0, False), (50, ROWS, 0, True)],  # without rows_in_step
         [(0, 12, ROWS, False), (12, 13, ROWS, False)],  # which is no leaf's end
+        [(0, 14, ROWS, False)],
         [(0, 12, ROWS, False), (25, 37, ROWS, False)],  # a gap
         [(12, 25, ROWS, False)],  # without a beginning
         [(0, 12, ROWS, True)],  # an end too early
         [(0, ROWS, ROWS, False)],  # or none
-        [(0, 12, ROWS, False), (12, 37, 37, True)],  # of another step
+        [(0, 12, ROWS, False), (12, 25, ROWS - 1, False)],  # of another step
     ],
 )
 def test_batches_that_are_no_leaves(places: list[tuple[int, int, int, bool]]) -> None:
