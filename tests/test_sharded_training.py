@@ -153,15 +153,15 @@ def test_rewinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for workers in (1, 2):
         with monkeypatch.context() as patched:
-            result = train(config, backend=working(patched, workers), run=tmp_path / str(workers))
+            train(config, backend=working(patched, workers), run=tmp_path / str(workers))
         found.append(outcome(tmp_path / str(workers)))
-        assert result.summary["rewinds"] > 1
+        assert found[-1]["state"]["rewinds"] > 1
     assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("shards", "said"), [(3, "2 or 4"), (12, "8 or 16"), (65_535, "32768 or 65536")])
 def test_no_power_of_two(tiny_config: Tiny, shards: int, said: str) -> None:
-    with pytest.raises(UserError, match=rf"^train\.shards = {shards}.*power of two, as {said}") as caught:
+    with pytest.raises(UserError, match=rf"train\.shards: must be a power of two, as {said}, not {shards}$") as caught:
         parse_config(tiny_config(train={"shards": shards}))
     assert "\n" not in str(caught.value)
 
@@ -175,10 +175,10 @@ def test_no_number_of_shards(tiny_config: Tiny, shards: float) -> None:
 def test_all_rows_a_step(tiny_config: Tiny, backend: Backend) -> None:
     """The gradient of all rows: as without shards, but for rounding."""
     found = []
-    for train in ({}, {"shards": 8}, {"shards": 8, "part_rows": 4}):
+    for shards in ({}, {"shards": 8}, {"shards": 8, "part_rows": 4}):
         optimizer = {"kind": "rprop", "learning_rate": 0.01}
         trainer = new(
-            tiny_config(optimizer=optimizer, train={"batch_size": 50, "precision": "float64", **train}), backend
+            tiny_config(optimizer=optimizer, train={"batch_size": 50, "precision": "float64", **shards}), backend
         )
         lines = [line for line in trainer.run() if line]
         found.append([line["train_loss"] for line in lines])
