@@ -21,6 +21,7 @@ from gpu_bp.network import Layer, Layout, Network, Signals
 from gpu_bp.objective import Objective
 from gpu_bp.optimizer import Optimizer
 from gpu_bp.runs import Result, evaluate, resume, train
+from gpu_bp.sharding import Sharding
 from gpu_bp.step import Step
 from gpu_bp.trainer import Trainer
 
@@ -38,6 +39,7 @@ __all__ = [
     "Optimizer",
     "ResidentSource",
     "Result",
+    "Sharding",
     "Signals",
     "Source",
     "Step",

@@ -5,6 +5,7 @@ They are made here for the training itself, and for what it will need of the mem
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from gpu_bp.initial import initialise
 from gpu_bp.network import Network
 from gpu_bp.objective import Objective
 from gpu_bp.precision import PRECISIONS
+from gpu_bp.sharding import Sharding
 
 
 def build_network(config: Config, dataset: Dataset, backend: Backend, precision: str | None = None) -> Network:
@@ -57,7 +59,20 @@ def network_of_zeros(config: Config, dataset: Dataset, backend: Backend, precisi
     return network
 
 
-def build_batches(config: Config, source: Source, backend: Backend, dtype: Any) -> Batches:
+def build_sharding(config: Config, network: Network, source: Source) -> Sharding | None:
+    """How the steps of a training are split; None where they are not. Their arrays are for the largest leaf."""
+    train = config.train
+    if train.shards == 1:
+        return None
+    rows = min(train.batch_size, source.n_rows)
+    leaf_rows = network.backend.division(network.widths, -(-rows // train.shards), workers=1).rows
+    sharding = Sharding(train.shards, min(leaf_rows, train.part_rows or leaf_rows), 0, train.shards)
+    return replace(sharding, leaf_rows=sharding.largest_leaf(rows))
+
+
+def build_batches(
+    config: Config, source: Source, backend: Backend, dtype: Any, sharding: Sharding | None = None
+) -> Batches:
     """The batches of the training rows."""
     data, train = config.data, config.train
     return Batches(
@@ -71,6 +86,7 @@ def build_batches(config: Config, source: Source, backend: Backend, dtype: Any) 
         block_rows=data.block_rows,
         window_blocks=data.window_blocks,
         steps_at_once=backend.steps_at_once,
+        sharding=sharding,
     )
 
 

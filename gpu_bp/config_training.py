@@ -17,7 +17,7 @@ from pydantic import (
 
 from gpu_bp import own, registry
 from gpu_bp.config_choice import Choice, listed, names_of, with_parameters_of
-from gpu_bp.config_types import Count, Positive, Rows, Section
+from gpu_bp.config_types import Count, Positive, PowerOfTwo, Rows, Section
 from gpu_bp.metrics import METRICS, Metric, find
 from gpu_bp.precision import PrecisionName
 from gpu_bp.spec import Update
@@ -86,6 +86,11 @@ class TrainSection(Section):
     part_rows: Count | None = Field(
         None,
         description="rows that are computed at a time, at most; their gradients are summed; by default a whole step",
+    )
+    shards: PowerOfTwo = Field(
+        1,
+        description="into which a step's rows are split, and from whose sums its gradient is summed in a fixed order: "
+        "as many workers at most give the same bits, however many there are; a power of two",
     )
     sampling: Literal["shuffled", "ordered", "replacement"] = Field("shuffled", description="which rows a step sees")
     precision: PrecisionName = Field(

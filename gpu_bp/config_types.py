@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**15)]
 Width = Annotated[int, Field(ge=1, le=2**31 - 1)]
 MOST_LAYERS = 1000
+
+
+def _power_of_two(number: int) -> int:
+    if number & (number - 1):
+        below = 1 << number.bit_length() - 1
+        raise ValueError(f"must be a power of two, as {below} or {2 * below}, not {number}")
+    return number
+
+
+PowerOfTwo = Annotated[int, Field(ge=1, le=2**16), AfterValidator(_power_of_two)]
 Rows = Annotated[int, Field(ge=0, le=10**15)]
 
 

@@ -89,12 +89,12 @@ class Counting(Apart):
 
         return action
 
-    def together(self, actions: Sequence[Action]) -> None:
+    def together(self, actions: Sequence[Action], *, alike: bool = False) -> None:
         for action in actions:
             action()
 
-    def division(self, widths: Sequence[int], rows: int) -> Division:
-        return self._backend.division(widths, rows)
+    def division(self, widths: Sequence[int], rows: int, workers: int | None = None) -> Division:
+        return self._backend.division(widths, rows, workers)
 
     def numbers(self, count: int, dtype: Any) -> Numbers:
         return HostNumbers(count, dtype)  # a few bytes, which nobody reads

@@ -6,7 +6,7 @@ Where two environments are the same, the same training gives the same bits; wher
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -32,10 +32,15 @@ def environment(backend: Backend) -> dict[str, Any]:
     }
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two environments, in words such as `numpy 2.1.0, was 2.0.0`; empty where nothing does."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], besides: Collection[str] = ()) -> list[str]:
+    """What differs between two environments, in words such as `numpy 2.1.0, was 2.0.0`; empty where nothing does.
+
+    `besides`: what may differ.
+    """
     found = []
     for name in {**now, **before}:
+        if name in besides:
+            continue
         if name not in before:
             found.append(f"{name} {now[name]}, was not recorded")
         elif name not in now:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpu_bp.backends.host_threads import Workers
 from gpu_bp.config_network import (
     AnyWeights,
     ArrayWeights,
@@ -112,7 +113,8 @@ def _draw(weights: DrawnWeights, seed: int, start: int, n_out: int, n_in: int) -
     if isinstance(weights, NormalWeights):
         return weights.sd * _normals(*key).reshape(shape)
     if isinstance(weights, OrthogonalWeights):
-        q, r = np.linalg.qr(_normals(*key).reshape(max(shape), min(shape)))
+        with Workers().at_most(1):  # the bits depend on how many threads there are
+            q, r = np.linalg.qr(_normals(*key).reshape(max(shape), min(shape)))
         q *= np.where(np.diag(r) < 0, -1.0, 1.0)  # else some orthogonal matrices would be likelier than others
         return weights.gain * (q if n_out >= n_in else q.T)
     if isinstance(weights, SparseWeights):

@@ -9,7 +9,7 @@ A training that does not fit is refused in one line, which says what would.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -17,11 +17,13 @@ import numpy as np
 
 from gpu_bp.average import Average
 from gpu_bp.backends import Backend
-from gpu_bp.build import build_batches, build_objective, network_of_zeros
+from gpu_bp.build import build_batches, build_objective, build_sharding, network_of_zeros
 from gpu_bp.config import Config
 from gpu_bp.counting import Counting, ask, counted, resident
 from gpu_bp.data import Dataset
+from gpu_bp.data.batches import Batches
 from gpu_bp.data.classes import class_names
+from gpu_bp.data.source import Batch
 from gpu_bp.data.sources import place
 from gpu_bp.errors import UserError
 from gpu_bp.evaluation import evaluators
@@ -30,6 +32,7 @@ from gpu_bp.optimizer import Optimizer
 from gpu_bp.precision import PRECISIONS
 from gpu_bp.schedule import constant
 from gpu_bp.selection import Selection
+from gpu_bp.sharding import Sharding
 from gpu_bp.step import Step
 
 # What is proposed takes so much of the memory at most: how much is free changes, and a device rounds arrays up.
@@ -87,11 +90,12 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
             Selection(config.stopping, False, networks)
     with part("evaluation"):
         for each in networks:
-            for name, evaluator in evaluators(each, loss, sources, train.metric_records()).items():
+            for name, evaluator in evaluators(each, loss, sources, config).items():
                 batch = ask(evaluator.batches, sources[name], on, dtype)
                 evaluator.objective.forward(batch)
     with part("batches"):
-        batches = build_batches(config, sources["train"], on, dtype)
+        sharding = build_sharding(config, network, sources["train"])
+        batches = build_batches(config, sources["train"], on, dtype, sharding)
         batch = ask(batches, sources["train"], on, dtype)
     with part("optimizer state"):
         optimizer = Optimizer(config.optimizer.record(), network, constant(config.optimizer.learning_rate))
@@ -99,14 +103,14 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
         weights = np.ones(len(class_names(dataset))) if config.loss.class_weight else None
         objective = build_objective(config, network, batches.part_size, weights)
         asked = config.regularisation
-        step = Step(objective, optimizer, clip_norm=asked.clip_norm, max_norm=asked.max_norm, average=average)
+        step = Step(
+            objective, optimizer, clip_norm=asked.clip_norm, max_norm=asked.max_norm, average=average, sharding=sharding
+        )
     counting.device["signals"] -= objective.gradients.nbytes
     counting.device["gradients"] += objective.gradients.nbytes
     with part(SUMMED):
-        several = batches.size > batches.part_size
-        step(replace(batch, last=not several))
-        if several:
-            step(replace(batch, place=batches.part_size))
+        for part_of_step in _parts_of_a_step(batches, batch, sharding):
+            step(part_of_step)
     device, host = counting.device, counting.host
     device[SCRATCH] = counting.scratch
     here = device if backend.name == "numpy" else host
@@ -124,6 +128,20 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
         train.total_steps(batches.per_epoch),
         where,
     )
+
+
+def _parts_of_a_step(batches: Batches, batch: Batch, sharding: Sharding | None) -> Iterator[Batch]:
+    """What a step asks of a backend, but no more of it than makes arrays; `batch` is its first part."""
+    if batches.part_size == batches.size:
+        yield batch
+    elif sharding is None:
+        yield replace(batch, last=False)
+        n = min(batch.n, batches.size - batches.part_size)
+        yield replace(batch.part(0, n), place=batches.part_size, rows_in_step=batches.size)  # as if the step ended here
+    else:
+        rows = min(batches.size, 2 * sharding.shards * batches.part_size)  # for two parts of a shard
+        for start, end in sharding.leaves(rows):
+            yield replace(batch.part(0, end - start), place=start, last=end == rows, rows_in_step=rows)
 
 
 def refuse_too_large(config: Config, dataset: Dataset, backend: Backend) -> None:

@@ -77,6 +77,10 @@ class Objective:
     def prepare(self) -> None:
         """Makes the arrays of a whole batch now."""
         self._part(self.batch_size)
+        if self.noise is not None and self.noise.on_inputs:
+            _ = self._noisy_inputs
+        if self._class_weights is not None:
+            _ = self._weights
 
     @cached_property
     def signals(self) -> list[Signals]:
@@ -120,6 +124,16 @@ class Objective:
         for name in ("signals", "losses", "_noisy_inputs", "_weights"):
             vars(other).pop(name, None)
         other.batch_size, other._parts, other._checked, other._added = batch_size, {}, set(), None
+        return other
+
+    def beside(self, gradients: Array | None = None) -> Objective:
+        """The same objective in the same arrays of rows; its sums are its own, and the gradient, if none is given."""
+        self.prepare()
+        other, network = copy.copy(self), self.network
+        zeros = network.backend.zeros
+        other.gradients = zeros(self.gradients.shape, network.dtype) if gradients is None else gradients
+        other._gradient_layers = network.views(other.gradients)
+        other.total, other.weight, other._added = zeros((1,), np.float64), zeros((1,), np.float64), None
         return other
 
     def forward(self, batch: Batch, step: int = 0) -> Array:
@@ -179,12 +193,12 @@ class Objective:
         self.network.backward(inputs, signals, layers, draw)
         self.network.backend.add(self.gradients, added, self.gradients)
 
-    def count(self, batch: Batch) -> None:
-        """Takes note of the rows of a batch whose loss is in `total`."""
+    def count(self, batch: Batch, rows: int | None = None) -> None:
+        """Takes note of the rows of a batch whose loss is in `total`, or of so many that are like them."""
         if self.weighs(batch):
             self._weighted = True
         else:
-            self.rows += batch.n
+            self.rows += batch.n if rows is None else rows
 
     def weighs(self, batch: Batch) -> bool:
         """Whether the rows of a batch have weights, of their own or of their classes."""

@@ -104,7 +104,8 @@ class Resuming:
         self.folder.begin(config, facts.metrics.bytes, facts.metrics.crc32)
         ended = trainer.steps >= trainer.total_steps or trainer.stopped
         log.info(f"{path} {'had ended' if ended else 'goes on'} at step {trainer.steps} of {trainer.total_steps}")
-        if others := differences(facts.environment, described["environment"]):
+        free = ("threads",) if config.train.shards > 1 else ()
+        if others := differences(facts.environment, described["environment"], free):
             log.warning(f"other than when it was stopped: {'; '.join(others)}: its last bits may be others too")
 
     def _still_true(self, state: TrainingState) -> TrainingState:

@@ -301,7 +301,7 @@ def evaluate(
             f"the data and the loss of {folder.config_file} need {dataset.n_inputs} inputs and {n_outputs} outputs"
         )
     sources, _ = settle(backend, dataset.sources, config.data.residency, network.dtype)
-    return evaluation.evaluate(evaluation.evaluators(network, loss, sources, config.train.metric_records()))
+    return evaluation.evaluate(evaluation.evaluators(network, loss, sources, config))
 
 
 def _dataset(config: Config, sources: Mapping[str, Source] | None, backend: Backend) -> Dataset | None:

@@ -30,13 +30,13 @@ class Share:
 
     def part(self, batch: Batch, n: int) -> Batch:
         """The worker's own arrays for n rows of such a batch."""
-        key = n, batch.targets.ndim, batch.weights is not None, batch.place, batch.last
+        key = n, *batch.kind, batch.place, batch.last
         if key not in self._parts:
             self._parts[key] = self._new_part(batch, n)
         return self._parts[key]
 
     def _new_part(self, batch: Batch, n: int) -> Batch:
-        kind = batch.targets.ndim, batch.weights is not None
+        kind = batch.kind
         if kind not in self._arrays:
             rows, zeros = self.objective.batch_size, self.objective.network.backend.zeros
             arrays = [zeros((rows, *array.shape[1:]), array.dtype) for array in batch.filled]
@@ -70,3 +70,15 @@ class Share:
         for total, added in pairs:
             backend.accumulate(added, total)
             backend.fill(added, 0)
+
+    def add(self, other: Share, weighted: bool) -> None:
+        """Adds another's gradient and sums to these; its sums of losses begin anew."""
+        own = self.objective.gradients
+        self.objective.network.backend.add(own, other.objective.gradients, own)
+        self.add_totals(other, weighted)
+
+    def clear(self) -> None:
+        """The gradient and all sums of no rows."""
+        objective = self.objective
+        for array in (objective.gradients, objective.total, objective.weight, self.weight):
+            objective.network.backend.fill(array, 0)

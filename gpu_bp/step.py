@@ -12,19 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 
 from gpu_bp.average import Average
 from gpu_bp.backends.base import Action
 from gpu_bp.data.source import Batch
+from gpu_bp.gradient_in_parts import GradientInParts
 from gpu_bp.loss_scaling import LossScaling
 from gpu_bp.network import ALIGNMENT
 from gpu_bp.objective import Objective
 from gpu_bp.optimizer import Optimizer
-from gpu_bp.share import Share
+from gpu_bp.sharded_gradient import ShardedGradient
+from gpu_bp.sharding import Sharding
 from gpu_bp.spec import Array
 
 # So many batches are worked on where they lie, of small ones more: those of a training lie in the same arrays again and
@@ -50,6 +50,8 @@ class Step:
         max_norm: likewise the weights of each hidden unit after the update; 0: never.
         average: a moving average of the parameters that each step brings up to date.
         watch: False leaves out the look at what is finite; not in float16.
+        sharding: how a step is split into shards, that its bits depend on nothing else; else its gradient is summed by
+            as many workers as there are.
 
     Attributes:
         flag: (1,) int64 on the device, -1 until a step goes wrong, then its number, the first step being 1; None
@@ -65,6 +67,7 @@ class Step:
         max_norm: float = 0.0,
         average: Average | None = None,
         watch: bool = True,
+        sharding: Sharding | None = None,
     ) -> None:
         network, backend = objective.network, objective.network.backend
         self.objective = objective
@@ -81,13 +84,14 @@ class Step:
         self.flag: Array | None = backend.to_device(np.full(1, -1)) if watch or self.scaling else None
         self._steps = backend.zeros((1,), np.int64)  # taken so far, on the device
         self._counted = 0  # what it is
-        self._part_rows, workers = backend.division(network.widths, objective.batch_size)
-        own = objective if self._part_rows >= objective.batch_size else objective.in_parts(self._part_rows)
-        others = [objective.like(self._part_rows) for _ in range(workers - 1)]
-        self._shares = [Share(each, self._steps) for each in (own, *others)]
-        self._rows = self._used = 0  # of the step so far: its rows, and how many shares have a gradient of it
+        self._updaters = backend.division(network.widths, objective.batch_size).workers
+        self._gradient: GradientInParts | ShardedGradient
+        if sharding is None:
+            self._gradient = GradientInParts(objective, self._steps, self._record)
+        else:
+            self._gradient = ShardedGradient(objective, self._steps, sharding, self._record)
+        self._rows = 0  # of the step so far
         self._recorded: dict[tuple[object, ...], Action] = {}
-        self._plans: dict[tuple[object, ...], list[list[_Part]]] = {}
         self._places: dict[tuple[int | None, ...], Batch] = {}
         # of those recordings the ones that are a whole step, by the place of its batch and the kind of average
         self._whole: dict[tuple[object, ...], Action] = {}
@@ -102,9 +106,9 @@ class Step:
         if place not in self._places:
             objective.check(batch)
         if batch.place == 0:
-            self._rows = self._used = 0
+            self._rows = self._gradient.used = 0
         whole = self._whole.get((place, *self._kind_of_average())) if batch.last and not batch.place else None
-        self._rows += len(batch.inputs)
+        self._rows = batch.rows_in_step or self._rows + len(batch.inputs)
         self._count()
         steps = optimizer.steps
         try:
@@ -112,14 +116,17 @@ class Step:
                 optimizer.begin(1.0 if objective.weighs(batch) else 1 / self._rows)  # 1 / total weight
             if whole is not None:
                 whole()
-            elif len(batch.inputs) <= self._part_rows:
+                objective.count(batch)
+            elif len(batch.inputs) <= self._gradient.part_rows:
                 self._at_one_go(batch, place)
+                objective.count(batch)
             else:
-                self._in_parts(batch)
+                self._gradient(batch)
+                if batch.last:
+                    self._update(batch)
         except BaseException:
             self._go_back(steps)
             raise
-        objective.count(batch)
         if batch.last:
             self._counted += 1
             if self.average is not None:
@@ -134,13 +141,13 @@ class Step:
     def _go_back(self, steps: int) -> None:
         """After so many steps, as if the one that failed had not been; what it has added to the loss is not known."""
         self.optimizer.steps, self._counted = steps, -1
-        self._forget_sums_of_others()
+        self._gradient.forget()
 
     # How a batch is worked on
 
     def _several(self, batch: Batch, place: tuple[int | None, ...]) -> None:
         """Steps one after the other, in one recording; what is not as ever, one by one."""
-        objective, average, share = self.objective, self.average, self._shares[0]
+        objective, average, gradient = self.objective, self.average, self._gradient
         if self._several_at is None:
             self._several_at = place, batch, batch.of_steps()
         known, _, batches = self._several_at
@@ -148,24 +155,24 @@ class Step:
             batches = batch.of_steps()
         first, steps = batches[0], len(batches)
         begins, too_many = average is not None and not average.begun, steps > self._backend.steps_at_once
-        if known != place or first.n > self._part_rows or begins or too_many:
+        if known != place or first.n > gradient.part_rows or begins or too_many:
             for each in batches:
                 self(each)
             return
         objective.check(first)
-        self._rows, self._used = first.n, 0
+        self._rows, gradient.used = first.n, 0
         self._count()
         before = self.optimizer.steps
 
         def run() -> None:
             for step, each in enumerate(batches):
-                share.gradient(each, add=False)
+                gradient.shares[0].gradient(each, add=False)
                 for (action,) in self._phases(each, 1, 1, step):
                     action()
 
         try:
             self.optimizer.begin(1.0 if objective.weighs(batch) else 1 / first.n, steps)
-            self._record(("several", steps, first.n, *_kind_of(first), self._kind_of_update(first, 1)), run)()
+            self._record(("several", steps, first.n, *first.kind, self._kind_of_update(first, 1)), run)()
         except BaseException:
             self._go_back(before)
             raise
@@ -174,7 +181,7 @@ class Step:
 
     def _at_one_go(self, batch: Batch, place: tuple[int | None, ...]) -> None:
         """A batch that is not cut: its gradient and, where it is the step's last, the update, in one recording."""
-        share, used = self._shares[0], self._used
+        share, used = self._gradient.shares[0], self._gradient.used
         if place not in self._places:
             small = sum(array.nbytes for array in batch.filled) <= SMALL
             if len(self._places) < (SMALL_PLACES if small else PLACES):
@@ -186,9 +193,9 @@ class Step:
             "at one go",
             place,
             len(batch.inputs),
-            batch.place if self._draws else 0,
+            batch.place if self.objective.noise is not None else 0,  # of which noise is drawn
             used > 0,
-            _kind_of(batch),
+            batch.kind,
             update,
         )
 
@@ -202,45 +209,14 @@ class Step:
         if place and batch.last and not batch.place:
             self._whole[place, *self._kind_of_average()] = action
         action()
-        self._used = max(1, used)
-
-    def _in_parts(self, batch: Batch) -> None:
-        """A batch that is cut: each worker takes its parts one after the other, in arrays of its own."""
-        kind = (batch.n, batch.place if self._draws else 0, self._used, *_kind_of(batch))
-        if kind not in self._plans:
-            self._plans[kind] = self._plan(batch, kind)
-        plan = self._plans[kind]
-        self._backend.together([partial(_work, parts, batch) for parts in plan])
-        self._used = max(self._used, len(plan))
-        if batch.last:
-            self._update(batch)
-
-    def _plan(self, batch: Batch, kind: tuple[object, ...]) -> list[list[_Part]]:
-        """The parts of a batch for each worker, and what each does with them."""
-        workers = self._backend.division(self.objective.network.widths, batch.n).workers
-        plan: list[list[_Part]] = []
-        for worker, share in enumerate(self._shares[:workers]):
-            parts: list[_Part] = []
-            for start, end in _cut(batch.n, workers, worker, self._part_rows):
-                own = replace(share.part(batch, end - start), place=batch.place + start)
-                add = bool(parts) or worker < self._used
-                run = partial(share.gradient, own, add=add)
-                key = ("part", worker, own.n, own.place if self._draws else 0, add, *_kind_of(batch))
-                parts.append(_Part(start, end, share, self._record(key, run, worker)))
-            plan.append(parts)
-        return plan
-
-    @property
-    def _draws(self) -> bool:
-        """Whether what is done depends on the place of a batch in the step."""
-        return self.objective.noise is not None
+        self._gradient.used = max(1, used)
 
     def _record(self, key: tuple[object, ...], run: Action, worker: int = 0) -> Action:
         """What was recorded under that key; if nothing was, what `run` does."""
         if key not in self._recorded:
             if len(self._recorded) >= RECORDINGS:
                 self._recorded.clear()
-                self._plans.clear()
+                self._gradient.forget_plans()
                 self._whole.clear()
             self._recorded[key] = self._backend.record(run, worker)
         return self._recorded[key]
@@ -249,8 +225,8 @@ class Step:
 
     def _update(self, batch: Batch) -> None:
         """The update after a batch that was cut: by as many workers, each for a range of the parameters."""
-        used, n = self._used, len(self.objective.gradients)
-        workers = max(1, min(len(self._shares), n // UPDATED))
+        used, n = self._gradient.used, len(self.objective.gradients)
+        workers = max(1, min(self._updaters, n // UPDATED))
         phases = self._phases(batch, used, workers)
         kind = self._kind_of_update(batch, used)
         for k, phase in enumerate(phases):
@@ -274,7 +250,7 @@ class Step:
         """
         objective, backend, optimizer, flag = self.objective, self._backend, self.optimizer, self.flag
         network, gradients, average = objective.network, objective.gradients, self.average
-        first, *others = self._shares[:used]
+        first, *others = self._gradient.shares[:used]
         weighted = objective.weighs(batch)
         scaling = self.scaling
         skip = flag if scaling is None else scaling.skip  # whether the parameters stay as they are
@@ -344,56 +320,24 @@ class Step:
 
     def reset_flag(self) -> None:
         """Steps change parameters again, for whoever has set all back; the loss so far is forgotten."""
-        self._forget_sums_of_others()
+        self._gradient.forget()
         self.objective.forget_loss()
         if self.flag is not None:
             self._backend.fill(self.flag, -1)
 
-    def _forget_sums_of_others(self) -> None:
-        for share in self._shares[1:]:
-            share.objective.total.fill(0)
-            share.objective.weight.fill(0)
-
     @property
     def objective_of_parts(self) -> Objective:
         """The objective as it works on the parts of a batch; its sums and gradients are those of `objective`."""
-        return self._shares[0].objective
+        return self._gradient.objective
 
     def cut(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Batches in parts that `objective_of_parts` takes."""
         for batch in batches:
-            for start, end in _cut(batch.n, 1, 0, self._part_rows):
+            for start, end in self._gradient.cuts(batch):
                 part = batch.part(start, end)
                 yield replace(part, place=batch.place + start, last=batch.last and end == batch.n)
-
-
-class _Part(NamedTuple):
-    """Rows of a batch for a worker, who takes them into the arrays of its share; and what is then done."""
-
-    start: int
-    end: int
-    share: Share
-    action: Action
 
 
 def _place_of(batch: Batch) -> tuple[int | None, ...]:
     weights = batch.weights
     return id(batch.inputs), id(batch.targets), None if weights is None else id(weights)
-
-
-def _kind_of(batch: Batch) -> tuple[object, ...]:
-    return batch.targets.ndim, batch.weights is not None
-
-
-def _work(parts: list[_Part], batch: Batch) -> None:
-    for part in parts:
-        part.share.take(batch, part.start, part.end)
-        part.action()
-
-
-def _cut(n: int, workers: int, worker: int, most: int) -> list[tuple[int, int]]:
-    """Of n rows those of a worker, in parts of `most` rows at most, of about the same size."""
-    begin, end = n * worker // workers, n * (worker + 1) // workers
-    parts = -(-(end - begin) // most)
-    cuts = [begin + (end - begin) * k // parts for k in range(parts + 1)]
-    return list(pairwise(cuts))

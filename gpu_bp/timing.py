@@ -144,11 +144,11 @@ class Timing:
 
         return play
 
-    def together(self, actions: Sequence[Action]) -> None:
+    def together(self, actions: Sequence[Action], *, alike: bool = False) -> None:
         for action in actions:
             action()
 
-    def division(self, widths: Sequence[int], rows: int) -> Division:
+    def division(self, widths: Sequence[int], rows: int, workers: int | None = None) -> Division:
         return Division(rows, 1)
 
     def _timed(self, name: str) -> Callable[..., None]:
@@ -194,9 +194,10 @@ def _phase(name: str, given: Mapping[str, Any], back: bool) -> str:
     """The phase of an operation of a step, before or after the output layer's delta, from which on it goes back."""
     if name == "accumulate" and given.get("squares"):
         return "update"
+    if name == "add" and given["out"].ndim == 1:  # gradients of a step in several parts, in the flat buffer
+        return "backward"
     if back and name in ("matmul", "dropout", "add"):
-        # the gradients of a step in several batches are added up in the flat buffer
-        return "backward" if name == "add" and given["out"].ndim == 1 else "delta"
+        return "delta"
     return OPERATIONS[name][0]
 
 

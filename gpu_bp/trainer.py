@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu_bp.average import Average
 from gpu_bp.backends import Backend
-from gpu_bp.build import build_batches, build_network, build_objective
+from gpu_bp.build import build_batches, build_network, build_objective, build_sharding
 from gpu_bp.config import Config
 from gpu_bp.config_schedule import PlateauSchedule
 from gpu_bp.data import Dataset, load_data
@@ -54,8 +54,9 @@ class Trainer:
         self.dataset = dataset
         self.model = Model(network, dataset.preparation, loss)
         sources, self.where_data = settle(backend, dataset.sources, config.data.residency, network.dtype)
-        self._evaluators = evaluators(network, loss, sources, train.metric_records())
-        self.batches = build_batches(config, sources["train"], backend, network.dtype)
+        self._evaluators = evaluators(network, loss, sources, config)
+        self._sharding = build_sharding(config, network, sources["train"])
+        self.batches = build_batches(config, sources["train"], backend, network.dtype, self._sharding)
         per_epoch = self.batches.per_epoch
         self.total_steps = train.total_steps(per_epoch)
         # a line an epoch, and where the rows are seen once, a hundred
@@ -73,7 +74,7 @@ class Trainer:
         if record.full_batch and (config.schedule.kind != "constant" or config.schedule.warmup_steps):
             raise UserError(f"{record.name} changes its step sizes itself; leave schedule out")
         self.average = Average(network, train.average_decay) if train.average_decay else None
-        self._averaged = evaluators(self.average.network, loss, sources, train.metric_records()) if self.average else {}
+        self._averaged = evaluators(self.average.network, loss, sources, config) if self.average else {}
         self.step = self._build_step()
         self.selection = self._build_selection()
         try_metrics(self._evaluators)
@@ -95,7 +96,14 @@ class Trainer:
             penalties=asked.penalties,
             biases=asked.biases,
         )
-        return Step(objective, optimizer, clip_norm=asked.clip_norm, max_norm=asked.max_norm, average=self.average)
+        return Step(
+            objective,
+            optimizer,
+            clip_norm=asked.clip_norm,
+            max_norm=asked.max_norm,
+            average=self.average,
+            sharding=self._sharding,
+        )
 
     def _build_schedule(self) -> Schedule:
         section = self.config.schedule

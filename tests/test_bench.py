@@ -42,6 +42,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     },
     "by windows": {"data": {"residency": "host", "block_rows": 4, "window_blocks": 3}},
     "replacement": {"train": {"sampling": "replacement"}},
+    "shards": {"train": {"shards": 2}},
+    "shards, in parts": {"train": {"shards": 2, "part_rows": 3}, "regularisation": {"dropout": 0.2}},
 }
 
 

@@ -92,6 +92,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "train": {"part_rows": 300, "average_decay": 0.9},
     },
     "parts": {"train": {"part_rows": 64}},
+    "shards": {"train": {"shards": 8}},
+    "shards of a batch of parts": {"train": {"shards": 4, "part_rows": 60}, "regularisation": {"input_noise": 0.1}},
+    "more shards than rows": {"train": {"shards": 32, "batch_size": 20}},
+    "more shards than parts": {"train": {"shards": 32, "batch_size": 20, "part_rows": 2}},
+    "shards of classes that weigh": {
+        "data": {"kind": "double-moon"},
+        "loss": {"kind": "cross_entropy", "class_weight": "balanced"},
+        "train": {"shards": 2},
+    },
     "average": {"train": {"average_decay": 0.9}},
     "stopping": {"stopping": {"patience": 3}},
     "clip and limit": {"regularisation": {"clip_norm": 1.0, "max_norm": 3.0, "weight_decay": 0.1}},
@@ -314,6 +323,13 @@ LARGE: dict[str, tuple[dict[str, Any], list[list[str]]]] = {
             "train": {"batch_size": 2_400_000},
         },
         [["train.part_rows"]],
+    ),
+    "shards": (
+        {
+            "data": {"rows": 2_400_000, "residency": "host"},
+            "train": {"batch_size": 2_400_000, "shards": 4},
+        },
+        [["train.part_rows"], ["train.batch_size"]],
     ),
     "rows": ({"data": {"rows": 2_000_000, "residency": "device"}}, [["data.residency"]]),
     "both": (

@@ -189,6 +189,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "log_every": draw(st.integers(1, 9)),
     } | choose({"steps": draw(st.integers(2, 40))}, {"epochs": draw(st.integers(1, 4))})
     train |= choose({}, {"part_rows": draw(st.integers(1, 12))}) | choose({}, {"average_decay": 0.7})
+    train |= choose({}, {"shards": draw(st.sampled_from([2, 4, 16]))})
     metrics = ["train_loss", "validation_loss", "validation_r2"] + ["average_validation_mse"] * (
         "average_decay" in train
     )

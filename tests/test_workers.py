@@ -23,9 +23,10 @@ from gpu_bp.backends import host_threads
 from gpu_bp.backends.base import Action
 from gpu_bp.backends.host_threads import Workers, blas_threads, division
 from gpu_bp.divergence import diagnose
+from gpu_bp.gradient_in_parts import cut as parts_of
 from gpu_bp.noise import Noise
 from gpu_bp.spec import FusedLoss, Twin
-from gpu_bp.step import SMALL_PLACES, _cut
+from gpu_bp.step import SMALL_PLACES
 
 ROWS = 101
 SGD = registry.update("sgd").update
@@ -108,7 +109,7 @@ def test_cut_or_not(parts: tuple[int, ...], option: str, weighted: bool, monkeyp
     given = batches(loss, weighted=weighted, parts=parts)
     whole = after(step_of(NumpyBackend(), loss, **OPTIONS[option]), given)
     step = step_of(cutting(monkeypatch), loss, **OPTIONS[option])
-    assert len(step._shares) == 3
+    assert len(step._gradient.shares) == 3
     for name, found in after(step, given).items():
         np.testing.assert_allclose(found, whole[name], rtol=1e-12, atol=1e-14, err_msg=name)
     assert "signals" not in vars(step.objective), "arrays for the whole batch were made"
@@ -231,7 +232,7 @@ def test_division(widths: list[int], rows: int, workers: int) -> None:
     part, taken = division(widths, rows, workers)
     assert 1 <= taken <= workers
     assert 1 <= part <= rows
-    cuts = [cut for k in range(taken) for cut in _cut(rows, taken, k, part)] if rows / part < 10_000 else []
+    cuts = [cut for k in range(taken) for cut in parts_of(rows, taken, k, part)] if rows / part < 10_000 else []
     if cuts:
         assert cuts[0][0] == 0
         assert cuts[-1][1] == rows

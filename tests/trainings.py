@@ -95,6 +95,16 @@ TRAININGS: dict[str, dict[str, Any]] = {
         "optimizer": {"kind": "adam", "amsgrad": True, "betas": [0.8, 0.6]},
         "train": {"log_every": 9},
     },
+    "shards": {
+        "data": {"kind": "arrays", **{name: f"PATH/{name}.npy" for name in ("inputs", "targets", "weights")}},
+        "loss": {"kind": "cross_entropy"},
+        "regularisation": {"dropout": 0.3, "input_noise": 0.1},
+        "train": {"shards": 4},  # the last step's rows are too few for all
+    },
+    "shards, in parts": {
+        "data": {"kind": "friedman1", "rows": 50, **ON_HOST},
+        "train": {"shards": 2, "part_rows": 3, "average_decay": 0.9},
+    },
     "own": {
         "data": {
             "kind": "own",

@@ -84,11 +84,17 @@ class Backend(Protocol):
         Two may run at once where they were recorded for different workers.
         """
 
-    def together(self, actions: Sequence[Action]) -> None:
-        """Runs what was recorded for worker 0, 1, ..., all at once; returns when all have ended."""
+    def together(self, actions: Sequence[Action], *, alike: bool = False) -> None:
+        """Runs what was recorded for worker 0, 1, ..., all at once; returns when all have ended.
 
-    def division(self, widths: Sequence[int], rows: int) -> Division:
-        """How to work on the rows of a step of a network of these widths; it depends on nothing else."""
+        `alike`: with the same bits however many they are, even where it is a single one.
+        """
+
+    def division(self, widths: Sequence[int], rows: int, workers: int | None = None) -> Division:
+        """How to work on the rows of a step of a network of these widths, by so many workers at most.
+
+        It depends on nothing else, but for how many workers there are where nothing is said of them.
+        """
 
     def numbers(self, count: int, dtype: Any) -> Numbers:
         """So many numbers a step, for arithmetic in that dtype."""

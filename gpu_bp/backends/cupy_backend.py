@@ -145,11 +145,11 @@ class CupyBackend(RecordKernels, Apart):
             return run
         return Recording(run, self.captures)
 
-    def together(self, actions: Sequence[Action]) -> None:
+    def together(self, actions: Sequence[Action], *, alike: bool = False) -> None:
         for action in actions:
             action()
 
-    def division(self, widths: Sequence[int], rows: int) -> Division:
+    def division(self, widths: Sequence[int], rows: int, workers: int | None = None) -> Division:
         return Division(rows, 1)
 
     def numbers(self, count: int, dtype: Any) -> Scalars:

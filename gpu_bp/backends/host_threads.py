@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
 from itertools import pairwise
 
@@ -56,10 +56,14 @@ class Workers:
         self._pool: ThreadPoolExecutor | None = None
         self._process = 0
 
-    def together(self, actions: Sequence[Action]) -> None:
-        """Runs all of them at once, each with products on a single thread; returns when all have ended."""
+    def together(self, actions: Sequence[Action], alike: bool = False) -> None:
+        """Runs all of them at once, each with products on a single thread; returns when all have ended.
+
+        One alone may have more threads, but not where it is to be `alike`.
+        """
         if len(actions) == 1:
-            actions[0]()
+            with self.at_most(1) if alike else nullcontext():
+                actions[0]()
             return
         if self._pool is None or self._process != os.getpid():  # a process that is forked has none of the threads
             self._pool, self._process = ThreadPoolExecutor(self.count - 1, "gpu_bp-worker"), os.getpid()

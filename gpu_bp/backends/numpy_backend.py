@@ -124,11 +124,11 @@ class NumpyBackend(Apart):
 
         return play if self._largest <= host_threads.BLAS_SMALL or threads >= self._workers.count else play_within
 
-    def together(self, actions: Sequence[Action]) -> None:
-        self._workers.together(actions)
+    def together(self, actions: Sequence[Action], *, alike: bool = False) -> None:
+        self._workers.together(actions, alike)
 
-    def division(self, widths: Sequence[int], rows: int) -> Division:
-        return host_threads.division(widths, rows, self._workers.count)
+    def division(self, widths: Sequence[int], rows: int, workers: int | None = None) -> Division:
+        return host_threads.division(widths, rows, workers or self._workers.count)
 
     def numbers(self, count: int, dtype: Any) -> HostNumbers:
         return HostNumbers(count, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from gpu_bp.data.order import Order, Sampling
 from gpu_bp.data.source import Batch, Source
 from gpu_bp.data.sources import empty, on_device
 from gpu_bp.data.windows import Blocks, Windows
+from gpu_bp.sharding import Sharding
 from gpu_bp.spec import Array
 
 # Numbers of the rows of several steps, at most.
@@ -46,14 +47,18 @@ class Batches:
         block_rows: int | None = None,
         window_blocks: int | None = None,
         steps_at_once: int = 1,
+        sharding: Sharding | None = None,
     ) -> None:
         self._backend = backend
+        self._sharding = sharding
         self.size = min(batch_size, source.n_rows)
         self.part_size = min(part_rows or self.size, self.size)
+        if sharding is not None and self.part_size < self.size:
+            self.part_size = sharding.largest_leaf(self.size)
         self.per_epoch = -(-source.n_rows // self.size)
         self._length = self.per_epoch * self.size if sampling == "replacement" else source.n_rows
         self._steps = 1
-        if self.part_size == self.size:
+        if self.part_size == self.size and sharding is None:
             most = TOGETHER // (self.size * (source.n_inputs + source.n_targets))
             self._steps = max(1, min(steps_at_once, most, self._length // self.size))
         batch_rows = self.part_size * self._steps
@@ -81,30 +86,38 @@ class Batches:
         if self._windows is not None:
             yield from self._from_windows(self._windows, epoch, first, follows, free)
             return
-        for start, place, n, last in self._parts(first, free):
+        for start, step, place, n in self._parts(first, free):
             rows = self._order.rows(epoch, start + place, n)
-            batch = replace(self._first(n), rows=rows, place=place, last=last, steps=self._steps_of(n))
+            batch = replace(self._batch(step, place, n), rows=rows)
             self._source.fill(rows, batch)
             yield batch
 
-    def _parts(self, first: int, free: Callable[[], int]) -> Iterator[tuple[int, int, int, bool]]:
-        """The parts of the steps from number `first` on: where the step starts in the epoch, the part's place in the
-        step, its rows, and whether it is the last. Or all of several steps."""
+    def _parts(self, first: int, free: Callable[[], int]) -> Iterator[tuple[int, int, int, int]]:
+        """The parts of the steps from number `first` on: where the step starts in the epoch, how many rows it has, the
+        part's place in it, and the part's rows. Or all of several steps."""
         start, several = first * self.size, self._steps * self.size
         while start < self._length:
             if self._steps > 1 and self._length - start >= several and free() >= self._steps:
-                yield start, 0, several, True
+                yield start, several, 0, several
                 start += several
                 continue
             step = min(self.size, self._length - start)
-            for place in range(0, step, self.part_size):
-                n = min(self.part_size, step - place)
-                yield start, place, n, place + n == step
+            for place, end in self._cuts(step):
+                yield start, step, place, end - place
             start += step
 
-    def _steps_of(self, n: int) -> int:
-        """Of how many steps so many rows are."""
-        return max(1, n // self.size)
+    def _cuts(self, step: int) -> Iterable[tuple[int, int]]:
+        """The parts of a step of so many rows."""
+        if self.part_size >= step:
+            return [(0, step)]
+        if self._sharding is not None:
+            return self._sharding.leaves(step)
+        return [(place, min(place + self.part_size, step)) for place in range(0, step, self.part_size)]
+
+    def _batch(self, step: int, place: int, n: int) -> Batch:
+        """The arrays for n rows, as a part of a step of so many, or as all rows of several steps."""
+        steps = max(1, step // self.size)
+        return replace(self._first(n), place=place, last=place + n == step, steps=steps, rows_in_step=step // steps)
 
     def _from_windows(
         self, windows: Windows, epoch: int, first: int, follows: bool, free: Callable[[], int]
@@ -115,13 +128,13 @@ class Batches:
             start, end = 0, window.n if places is None else len(places)
             while start < end:
                 if not filled:
-                    _, place, size, last = next(parts)
+                    _, step, place, size = next(parts)
                 n = min(size - filled, end - start)
                 self._gather(window, start, n, places, self._arrays.part(filled, filled + n))
                 start, filled = start + n, filled + n
                 if filled == size:
                     windows.upload_what_is_read()
-                    yield replace(self._first(size), place=place, last=last, steps=self._steps_of(size))
+                    yield self._batch(step, place, size)
                     filled = 0
 
     def _first(self, n: int) -> Batch:

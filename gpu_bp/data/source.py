@@ -40,7 +40,8 @@ class Batch:
     numbers in the source; weights (n,), or None where each row weighs 1.
 
     A step may take its rows in several batches: `place` is the place of the first row among the step's rows, and the
-    batch is the `last` of its step or not. Or it has the rows of several `steps`, as many for each.
+    batch is the `last` of its step or not; where not all of the step's rows come here, it has `rows_in_step` in all.
+    Or it has the rows of several `steps`, as many for each.
     """
 
     inputs: Array
@@ -50,10 +51,21 @@ class Batch:
     place: int = 0
     last: bool = True
     steps: int = 1
+    rows_in_step: int = 0
 
     @property
     def n(self) -> int:
         return len(self.inputs)
+
+    @property
+    def kind(self) -> tuple[int, bool]:
+        """Of what kind its arrays are: the dimensions of the targets, and whether there are weights."""
+        return self.targets.ndim, self.weights is not None
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of its step, here and elsewhere; only a batch that is not the whole step has to be told."""
+        return self.rows_in_step or self.n
 
     @classmethod
     def of(cls, filled: Sequence[Array], rows: Array, place: int = 0, last: bool = True) -> Batch:

@@ -13,7 +13,7 @@ import pytest
 from cuda_on_cpu.backend import cupy_backend_module
 from cuda_on_cpu.fake_cupy import FakeCupy
 from cuda_on_cpu.steps import assert_same_bits, backends, make_batch, make_step, state_of
-from gpu_bp import Network, Objective, Optimizer, Step, Trainer, parse_config, registry
+from gpu_bp import Network, Objective, Optimizer, Sharding, Step, Trainer, parse_config, registry
 from gpu_bp.average import Average
 from gpu_bp.data.source import Batch
 from gpu_bp.errors import Diverged
@@ -54,6 +54,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "noisy parts": {"parts": (0, 3, 6, 8), "noise": Noise(seed=3, dropout=(0.4, 0.2)), "clip_norm": 0.05},
     "weighted parts": {"parts": (0, 5, 8), "weighted": True, "average": 0.9},
     "no watch": {"watch": False},
+    "shards": {"sharding": Sharding(4, 2, 0, 4)},
+    "noisy shards of parts": {
+        "sharding": Sharding(2, 3, 0, 2),
+        "noise": Noise(seed=3, dropout=(0.4, 0.2)),
+        "average": 0.9,
+    },
+    "weighted shards": {"sharding": Sharding(2, 4, 0, 2), "weighted": True, "clip_norm": 0.05, "max_norm": 0.9},
 }
 
 
@@ -102,8 +109,9 @@ def test_a_replay_allocates_nothing_and_waits_for_nobody(name: str) -> None:
     cupy.bindings.calls.clear()
     next(steps)
     counts = {name: n for name, n in cupy.device.counts.items() if name not in ("launches", "device copies")}
-    parts = len(OPTIONS[name].get("parts", (0, 8))) - 1
-    assert counts == {"graphs": parts, "asynchronous copies": 1}
+    parts, graphs = len(OPTIONS[name].get("parts", (0, 8))) - 1, counts.pop("graphs")
+    assert graphs > 3 if "sharding" in OPTIONS[name] else graphs == parts
+    assert counts == {"asynchronous copies": 1}
     assert cupy.bindings.calls == []
 
 
@@ -160,6 +168,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "a schedule": {"schedule": {"kind": "cosine", "warmup_steps": 30}, "optimizer": {"kind": "adam"}},
     "often": {"train": {"log_every": 7}},
     "parts": {"train": {"part_rows": 3}},
+    "shards": {"train": {"shards": 4}, "regularisation": {"dropout": 0.3}},
+    "shards, in parts": {"train": {"shards": 2, "part_rows": 3}},
     "a plateau": {"schedule": {"kind": "plateau", "patience": 0, "factor": 0.5}, "train": {"log_every": 25}},
 }
 
@@ -193,7 +203,7 @@ def test_trainings(name: str) -> None:
                 if line:
                     line.pop("seconds")
                     lines.append(line)
-        assert max(runs) == (b.steps_at_once if name not in ("often", "parts") else 1)
+        assert max(runs) == (b.steps_at_once if name not in ("often", "parts", "shards", "shards, in parts") else 1)
         assert sum(runs) == trainer.total_steps == trainer.step.optimizer.steps
         average = trainer.average.network.parameters if trainer.average else trainer.model.network.parameters
         results.append((lines, [b.to_host(x) for x in (trainer.model.network.parameters, average)]))
