@@ -93,7 +93,7 @@ class Mpi:
         write_line(f"error: rank {self.rank}: {line}")
         time.sleep(READ)
         MPI.COMM_WORLD.Abort(status)
-        raise SystemExit(status)
+        os._exit(status)  # it may come back before the launcher has acted
 
     def __enter__(self) -> Self:
         """Rank 0 logs which process each rank is: a launcher names the process that was killed."""

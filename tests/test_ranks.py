@@ -77,14 +77,14 @@ class Mpi:
         return dict(json.loads(done.stdout)) | {"log": done.stderr}
 
 
-@pytest.fixture(params=PREFIXES)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.mpi) for name in PREFIXES])
 def mpi(request: pytest.FixtureRequest) -> Mpi:
     return Mpi(request.param)
 
 
-@pytest.fixture
-def mpich() -> Mpi:
-    return Mpi("mpich")
+@pytest.fixture(params=[pytest.param("mpich", marks=pytest.mark.mpi)])
+def mpich(request: pytest.FixtureRequest) -> Mpi:
+    return Mpi(request.param)
 
 
 def errors(done: Done) -> list[str]:
