@@ -19,6 +19,13 @@ def alternate(
 
     Many short rounds tell small differences where a machine has other work too.
     """
+    return [median(column) for column in zip(*in_turns(backend, calls, rounds, seconds), strict=True)]
+
+
+def in_turns(
+    backend: Backend, calls: Sequence[Callable[[], None]], rounds: int = ROUNDS, seconds: float | None = None
+) -> list[list[float]]:
+    """Likewise, of each round."""
     wanted = ROUND_SECONDS if seconds is None else seconds
 
     def once(call: Callable[[], None], n: int) -> float:
@@ -31,5 +38,4 @@ def alternate(
     for call in calls:
         once(call, 3)
     counts = [max(1, int(wanted / once(call, 3))) for call in calls]
-    taken = [[once(call, n) for call, n in zip(calls, counts, strict=True)] for _ in range(rounds)]
-    return [median(column) for column in zip(*taken, strict=True)]
+    return [[once(call, n) for call, n in zip(calls, counts, strict=True)] for _ in range(rounds)]

@@ -20,7 +20,9 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_bp import UserError
+from benchmarks import distributed
+from benchmarks.peers.cells import Cell
+from gpu_bp import NumpyBackend, UserError
 from gpu_bp.ranks import Alone, join, launched
 from gpu_bp.tree_sum import halving
 
@@ -288,3 +290,26 @@ def test_more_ranks_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("gpu_bp.ranks.os.environ", environment)
         _yield_where_crowded()
         assert environment.get("MPIR_CVAR_ENABLE_HEAVY_YIELD") == told
+
+
+# what it costs --------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_of_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "CELL", Cell(2, 8, 64, "tanh", "sgd", "squared_error"))
+    monkeypatch.setattr(distributed, "ROUND_SECONDS", 0)
+    measured = distributed.sharded(NumpyBackend())
+    assert measured.value is not None
+    assert measured.value > 0
+
+
+def test_the_benchmark_of_sums(mpi: Mpi) -> None:
+    measured = distributed.tree_sum(mpi.mpiexec, 2**20)
+    assert measured.what.startswith("the sum of 1 MiB over 2 ranks in a tree, of MPI's: ")
+    assert measured.value is not None
+    assert measured.value > 0
+
+
+def test_the_benchmark_without_mpi() -> None:
+    measured = distributed.tree_sum(Path("no/mpiexec"))
+    assert (measured.value, measured.passed) == (None, None)
