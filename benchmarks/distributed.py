@@ -67,16 +67,8 @@ def tree_sum(mpiexec: Path = MPIEXEC, size: int = BYTES) -> Ratio:
         return Ratio(what, None, 1.2, note="no mpi4py, or no MPI beside it")
     # Open MPI asks twice whether root may
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    ranks = [
-        mpiexec,
-        "-n",
-        str(RANKS),
-        mpiexec.parent / "python",
-        "-m",
-        "benchmarks.distributed",
-        "--on-ranks",
-        str(size),
-    ]
+    program = [mpiexec.parent / "python", "-m", "benchmarks.distributed", "--on-ranks", size]
+    ranks = [str(word) for word in (mpiexec, "-n", RANKS, *program)]
     done = subprocess.run(ranks, env={**os.environ, **root}, stdout=subprocess.PIPE, text=True, check=True)
     library, pairs = json.loads(done.stdout)
     return ratio(f"{what}: {library}", pairs, 1.2)
