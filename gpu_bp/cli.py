@@ -33,7 +33,7 @@ from gpu_bp.config import Config
 from gpu_bp.config_file import load_config
 from gpu_bp.data import load_data
 from gpu_bp.environment import cupy_version
-from gpu_bp.errors import UserError
+from gpu_bp.errors import UserError, harmless, in_words, one_line
 from gpu_bp.generate import generate as generate_shards
 from gpu_bp.gradcheck import TOLERANCE, check_gradients
 from gpu_bp.interruption import Signals
@@ -76,34 +76,24 @@ def main(arguments: list[str] | None = None) -> None:
         status = app((sys.argv[1:] if arguments is None else arguments) or ["--help"], standalone_mode=False)
         if sys.stdout:  # None where it was closed, `>&-`
             sys.stdout.flush()
-    except UserError as error:
-        _fail(str(error))
     except typer.TyperException as error:
-        _fail(error.format_message())
+        _fail(one_line(error.format_message()))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has gone, such as `head`
         _drop_output()
         sys.exit(141)
-    except OSError as error:
-        _fail(f"{error.filename or 'output'}: {error.strerror or error}")
-    except UnicodeError as error:
-        _fail(f"text that cannot be written or read in this encoding: {error}")
-    except MemoryError as error:
-        _fail(f"out of memory: {error or 'smaller network.hidden, data.rows or train.batch_size would fit'}")
+    except Exception as error:
+        line = in_words(error)
+        if not line:
+            raise
+        _fail(line)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str) -> NoReturn:
-    line = _harmless(" ".join(message.split()))
-    line = line if len(line) <= 4000 else f"{line[:3997]}..."
+def _fail(line: str) -> NoReturn:
     print("error: " + line, file=sys.stderr)
     sys.exit(2)
-
-
-def _harmless(line: str) -> str:
-    """What is said may quote a file, and so what would command a terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _drop_output() -> None:
@@ -163,7 +153,7 @@ def _train(quiet: bool, train: Callable[..., Result]) -> int:
     console = _Console(quiet=quiet, highlight=False)
 
     def say(sentence: str) -> None:
-        console.print(_harmless(sentence), markup=False, soft_wrap=True)
+        console.print(harmless(sentence), markup=False, soft_wrap=True)
 
     signals, show = Signals(), watch(console)
 

@@ -1,4 +1,4 @@
-"""The one exception for what the user can mend."""
+"""The one exception for what the user can mend, and how errors are said."""
 
 from __future__ import annotations
 
@@ -12,6 +12,30 @@ class UserError(ValueError):
 
 class Diverged(UserError):
     """A training whose loss or gradients are no longer finite."""
+
+
+def in_words(error: BaseException) -> str:
+    """The line for what the user can mend, of which nothing can command a terminal; empty for any other error."""
+    if isinstance(error, UserError):
+        return one_line(str(error))
+    if isinstance(error, OSError):
+        return one_line(f"{error.filename or 'output'}: {error.strerror or error}")
+    if isinstance(error, UnicodeError):
+        return one_line(f"text that cannot be written or read in this encoding: {error}")
+    if isinstance(error, MemoryError):
+        return one_line(f"out of memory: {error or 'smaller network.hidden, data.rows or train.batch_size would fit'}")
+    return ""
+
+
+def one_line(message: str) -> str:
+    """A message on one line of bounded length."""
+    line = harmless(" ".join(message.split()))
+    return line if len(line) <= 4000 else f"{line[:3997]}..."
+
+
+def harmless(line: str) -> str:
+    """What is said may quote a file, and so what would command a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> UserError:

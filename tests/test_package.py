@@ -1,4 +1,4 @@
-"""The package as it is installed: the wheel holds every record, and the base needs neither CuPy nor matplotlib."""
+"""The package as it is installed: the wheel holds every record, and the base needs no CuPy, matplotlib or MPI."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from gpu_bp import registry
 
 LIST_RECORDS = """
 import json, sys, gpu_bp, gpu_bp.cli
-from gpu_bp import registry
+from gpu_bp import ranks, registry
+ranks.join({})
 tables = (registry.ACTIVATIONS, registry.LOSSES, registry.UPDATES)
-loaded = [name for name in ("cupy", "matplotlib") if name in sys.modules]
+loaded = [name for name in ("cupy", "matplotlib", "mpi4py") if name in sys.modules]
 print(json.dumps([gpu_bp.__file__, [sorted(table) for table in tables], loaded]))
 """
 
@@ -55,7 +56,7 @@ def test_the_wheel_holds_every_record(tmp_path: Path) -> None:
 
 
 def test_imports_are_light() -> None:
-    """Neither CuPy nor matplotlib is imported before it is used."""
+    """Neither CuPy nor matplotlib nor mpi4py is imported before it is used."""
     done = subprocess.run([sys.executable, "-c", LIST_RECORDS], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)[2] == []
 
@@ -68,11 +69,13 @@ def test_every_package_is_listed() -> None:
 
 
 def test_who_imports_what() -> None:
-    """kernels/ never imports CuPy; one module does; two NVIDIA's bindings, one kernels; none unpickles."""
+    """kernels/ never imports CuPy; one module does; two NVIDIA's bindings, one mpi4py, one kernels; none unpickles."""
     for path in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "gpu_bp").rglob("*.py")]:
         text = path.read_text()
         if path.name != "cuda_launch.py":
             assert not re.search(r"^\s*(import|from) cupy", text, re.M), path
+        if path.name != "mpi.py":
+            assert not re.search(r"^\s*(import|from) mpi4py", text, re.M), path
         if path.name not in ("cublas.py", "cublaslt.py"):
             assert not re.search(r"^\s*(import|from) nvmath", text, re.M), path
         if path.parent.name != "kernels" and path.name != "registry.py":
