@@ -22,6 +22,7 @@ class ShardedGradient:
     Args:
         objective: whose gradient and sums they become. steps: see `Share`.
         record: keeps what is done again and again under a key, for a worker; see `Backend.record`.
+        across: makes arrays the sums over all processes, in the order of the tree; None where this one is alone.
 
     Attributes:
         share: the objective's, with what the step's rows weighed.
@@ -33,6 +34,7 @@ class ShardedGradient:
         steps: Array,
         sharding: Sharding,
         record: Callable[[tuple[object, ...], Action, int], Action],
+        across: Callable[[Sequence[Array]], None] | None = None,
     ) -> None:
         self.share = Share(objective, steps)
         self.sharding = sharding
@@ -40,12 +42,14 @@ class ShardedGradient:
         self._backend = objective.network.backend
         self._steps = steps
         self._record = record
+        self._across = across
         self._slots: list[list[Share]] = []  # of each worker
         self._plans: dict[tuple[object, ...], list[list[_Work]]] = {}
 
     def workers(self, n: int) -> int:
         """How many work on so many rows at once: a power of two."""
-        most = min(self._backend.division(self._objective.network.widths, n).workers, self.sharding.count)
+        widths = self._objective.network.widths
+        most = min(self._backend.division(widths, max(1, n)).workers, self.sharding.count)
         return 1 << (most.bit_length() - 1)
 
     def __call__(self, batch: Batch) -> None:
@@ -63,7 +67,13 @@ class ShardedGradient:
             plan = [plan[0][done : bisect_right(ends, batch.place + batch.n)]]
         self._backend.together([partial(_do, works, batch) for works in plan], alike=True)
         if batch.last:
-            self._record(("shards", "end", workers, key[-1]), partial(self._end, workers, batch), 0)()
+            weighted = self._objective.weighs(batch)
+            self._record(("sum of workers", workers, weighted), partial(self._sum_of_workers, workers, weighted), 0)()
+            if self._across is not None:
+                root = self._slots[0][0]
+                weights = [root.weight, root.objective.weight] if weighted else []
+                self._across([root.objective.gradients, root.objective.total, *weights])
+            self._record(("end", weighted), partial(self._end, weighted), 0)()
 
     def _plan(self, batch: Batch, workers: int) -> list[list[_Work]]:
         """What each worker does with the rows of a step."""
@@ -102,13 +112,16 @@ class ShardedGradient:
             slots.append(Share(slots[0].objective.beside(), self._steps))
         return slots
 
-    def _end(self, workers: int, batch: Batch) -> None:
-        """The sums of the workers in the same tree; then they are the objective's."""
-        weighted, stride = self._objective.weighs(batch), 1
+    def _sum_of_workers(self, workers: int, weighted: bool) -> None:
+        """The sums of the workers in the same tree."""
+        stride = 1
         while stride < workers:
             for worker in range(0, workers, 2 * stride):
                 self._slots[worker][0].add(self._slots[worker + stride][0], weighted)
             stride *= 2
+
+    def _end(self, weighted: bool) -> None:
+        """The sums of all are those of the objective."""
         if weighted:
             self._backend.fill(self.share.weight, 0)
         self.share.add_totals(self._slots[0][0], weighted)

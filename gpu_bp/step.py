@@ -9,7 +9,7 @@ recorded when it is asked for the first time, and from then on only run (`Backen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -53,7 +53,7 @@ class Step:
         average: a moving average of the parameters that each step brings up to date.
         watch: False leaves out the look at what is finite; not in float16.
         sharding: how a step is split into shards, that its bits depend on nothing else; else its gradient is summed by
-            as many workers as there are.
+            as many workers as there are. across: see `ShardedGradient`, where several processes share a step.
 
     Attributes:
         flag: (1,) int64 on the device, -1 until a step goes wrong, then its number, the first step being 1; None
@@ -70,6 +70,7 @@ class Step:
         average: Average | None = None,
         watch: bool = True,
         sharding: Sharding | None = None,
+        across: Callable[[Sequence[Array]], None] | None = None,
     ) -> None:
         network, backend = objective.network, objective.network.backend
         self.objective = objective
@@ -86,7 +87,7 @@ class Step:
         self.flag: Array | None = backend.to_device(np.full(1, -1)) if watch or self.scaling else None
         self._steps = backend.zeros((1,), np.int64)  # taken so far, on the device
         self._counted = 0  # what it is
-        self._sharded = ShardedGradient(objective, self._steps, sharding, self._record) if sharding else None
+        self._sharded = ShardedGradient(objective, self._steps, sharding, self._record, across) if sharding else None
         self._part_rows, workers = backend.division(network.widths, objective.batch_size)
         self._updaters = workers
         if self._sharded is not None:
