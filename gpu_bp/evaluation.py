@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpu_bp.data.batches import Batches
-from gpu_bp.data.source import Source
+from gpu_bp.data.source import Batch, Source
 from gpu_bp.metrics import Metric, Metrics
 from gpu_bp.network import Network
 from gpu_bp.objective import Objective
+from gpu_bp.sharding import Sharding
 from gpu_bp.spec import Loss
 
 # Rows that are evaluated at a time; fixed, so that the same network always gives the same figures.
@@ -31,19 +34,31 @@ class Evaluator:
         objective: of the network, for batches of `EVALUATION_ROWS` or as many rows as there are; others may use it too.
         most: rows, at most, rounded up to whole batches.
         metrics: those beside the usual ones.
+        sharding: how batches are split, that the figures depend on nothing else. gather: of what this process has of a
+            batch, makes what all have, in their order.
 
     Raises:
         UserError: a metric that does not go with the source.
     """
 
     def __init__(
-        self, objective: Objective, source: Source, most: int | None = None, metrics: Sequence[Metric] = ()
+        self,
+        objective: Objective,
+        source: Source,
+        most: int | None = None,
+        metrics: Sequence[Metric] = (),
+        sharding: Sharding | None = None,
+        gather: Gather = lambda own: [own],
     ) -> None:
         network, loss = objective.network, objective.loss
         self._backend = network.backend
+        self._sharding = sharding
+        self._gather = gather
         self.objective = objective
         self.metrics = Metrics(source.task, source.n_targets, metrics, weighted=source.weighted, loss=loss)
-        self.batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype)
+        self.batches = Batches(
+            network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype, sharding=sharding
+        )
         self._steps = min(self.batches.per_epoch, -(-(most or source.n_rows) // self.batches.size))
         self.rows = min(source.n_rows, self._steps * self.batches.size)
         self.weighed = False
@@ -62,15 +77,42 @@ class Evaluator:
         return self._evaluate(self._steps)
 
     def _evaluate(self, steps: int) -> dict[str, Any]:
-        to_host = self._backend.to_host
+        total = weight = 0.0
         with np.errstate(over="ignore", invalid="ignore"):  # where a loss is not finite, the caller sees it
             for batch in islice(self.batches.epoch(0, follows=False), steps):
-                outputs = self.objective.forward(batch)
-                weights = None if batch.weights is None else to_host(batch.weights)
-                self.metrics.add(to_host(outputs), to_host(batch.targets), weights)
-        result = {"loss": self.objective.mean_loss(), **self.metrics.result()}
-        self.weighed = self.objective.weighed
-        return result
+                own: list[_Part] = []
+                # bound to this batch and list: the action is done before the next ones are there
+                self._backend.together([partial(self._forward, batch, own)], alike=self._sharding is not None)
+                for part in chain.from_iterable(self._gather(own)):
+                    self.metrics.add(part.outputs, part.targets, part.weights)
+                    total, weight = total + part.total, weight + part.weight
+        self.weighed = weight > 0
+        return {"loss": total / weight if weight else float("nan"), **self.metrics.result()}
+
+    def _forward(self, batch: Batch, parts: list[_Part]) -> None:
+        """Appends what comes of the rows of a batch, shard by shard."""
+        to_host, objective, place = self._backend.to_host, self.objective, batch.place
+        cuts = [(place, place + batch.n)] if self._sharding is None else self._sharding.leaves(batch.step_rows)
+        for start, end in cuts:
+            part = batch.part(start - place, end - place)
+            objective.forget_loss()
+            outputs = objective.forward(part)
+            weights = None if part.weights is None else to_host(part.weights)
+            total, weight = objective.sums()
+            parts.append(_Part(to_host(outputs), to_host(part.targets), weights, total, weight))
+
+
+class _Part(NamedTuple):
+    """What comes of some rows, on the host; and the sums of their losses and weights."""
+
+    outputs: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray | None
+    total: float
+    weight: float
+
+
+Gather = Callable[[list[_Part]], Iterable[list[_Part]]]
 
 
 def try_metrics(made: Mapping[str, Evaluator]) -> None:
@@ -80,14 +122,22 @@ def try_metrics(made: Mapping[str, Evaluator]) -> None:
 
 
 def evaluators(
-    network: Network, loss: Loss, sources: Mapping[str, Source], metrics: Sequence[Metric] = ()
+    network: Network,
+    loss: Loss,
+    sources: Mapping[str, Source],
+    metrics: Sequence[Metric] = (),
+    sharding: Sharding | None = None,
+    gather: Gather = lambda own: [own],
 ) -> dict[str, Evaluator]:
     """An evaluator for each split; of the training rows the first `TRAINING_ROWS` at most."""
     rows = min(EVALUATION_ROWS, max(source.n_rows for source in sources.values()))
+    if sharding is not None:
+        sharding = replace(sharding, leaf_rows=EVALUATION_ROWS)
+        rows = -(-rows // sharding.shards)
     objective = Objective(network, loss, rows, backward=False)
     objective.prepare()  # there may be no room for them later
     return {
-        name: Evaluator(objective, source, TRAINING_ROWS if name == "train" else None, metrics)
+        name: Evaluator(objective, source, TRAINING_ROWS if name == "train" else None, metrics, sharding, gather)
         for name, source in sources.items()
     }
 

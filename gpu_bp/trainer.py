@@ -54,8 +54,8 @@ class Trainer:
         self.dataset = dataset
         self.model = Model(network, dataset.preparation, loss)
         sources, self.where_data = settle(backend, dataset.sources, config.data.residency, network.dtype)
-        self._evaluators = evaluators(network, loss, sources, train.metric_records())
         self._sharding = build_sharding(config, network, sources["train"])
+        self._evaluators = evaluators(network, loss, sources, train.metric_records(), self._sharding)
         self.batches = build_batches(config, sources["train"], backend, network.dtype, self._sharding)
         per_epoch = self.batches.per_epoch
         self.total_steps = train.total_steps(per_epoch)
@@ -74,7 +74,11 @@ class Trainer:
         if record.full_batch and (config.schedule.kind != "constant" or config.schedule.warmup_steps):
             raise UserError(f"{record.name} changes its step sizes itself; leave schedule out")
         self.average = Average(network, train.average_decay) if train.average_decay else None
-        self._averaged = evaluators(self.average.network, loss, sources, train.metric_records()) if self.average else {}
+        self._averaged = (
+            evaluators(self.average.network, loss, sources, train.metric_records(), self._sharding)
+            if self.average
+            else {}
+        )
         self.step = self._build_step()
         self.selection = self._build_selection()
         try_metrics(self._evaluators)
