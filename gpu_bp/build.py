@@ -19,6 +19,7 @@ from gpu_bp.initial import initialise
 from gpu_bp.network import Network
 from gpu_bp.objective import Objective
 from gpu_bp.precision import PRECISIONS
+from gpu_bp.ranks import Ranks
 from gpu_bp.sharding import Sharding
 
 
@@ -58,14 +59,23 @@ def network_of_zeros(config: Config, dataset: Dataset, backend: Backend, precisi
     return network
 
 
-def build_sharding(config: Config, network: Network, source: Source) -> Sharding | None:
-    """How the steps of a training are split; None where they are not."""
+def build_sharding(config: Config, network: Network, source: Source, ranks: Ranks) -> Sharding | None:
+    """How the steps of a training are split, and which shards are this rank's; None where they are not.
+
+    Raises:
+        UserError: there are more ranks than shards.
+    """
     train = config.train
+    if ranks.size > train.shards:
+        raise UserError(
+            f"there are {ranks.size} ranks, and a step has train.shards = {train.shards}; set train.shards = {ranks.size} "
+            "or a larger power of two, or start fewer ranks"
+        )
     if train.shards == 1:
         return None
-    rows = -(-min(train.batch_size, source.n_rows) // train.shards)
+    rows, count = -(-min(train.batch_size, source.n_rows) // train.shards), train.shards // ranks.size
     leaf_rows = network.backend.division(network.widths, rows, workers=1).rows
-    return Sharding(train.shards, min(leaf_rows, train.part_rows or leaf_rows), 0, train.shards)
+    return Sharding(train.shards, min(leaf_rows, train.part_rows or leaf_rows), ranks.rank * count, count)
 
 
 def build_batches(
