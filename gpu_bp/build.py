@@ -19,7 +19,7 @@ from gpu_bp.initial import initialise
 from gpu_bp.network import Network
 from gpu_bp.objective import Objective
 from gpu_bp.precision import PRECISIONS
-from gpu_bp.ranks import Ranks
+from gpu_bp.ranks import Alone, Ranks
 from gpu_bp.sharding import Sharding
 
 
@@ -59,17 +59,17 @@ def network_of_zeros(config: Config, dataset: Dataset, backend: Backend, precisi
     return network
 
 
-def build_sharding(config: Config, network: Network, source: Source, ranks: Ranks) -> Sharding | None:
+def build_sharding(config: Config, network: Network, source: Source, ranks: Ranks | None = None) -> Sharding | None:
     """How the steps of a training are split, and which shards are this rank's; None where they are not.
 
     Raises:
         UserError: there are more ranks than shards.
     """
-    train = config.train
+    train, ranks = config.train, ranks or Alone()
     if ranks.size > train.shards:
         raise UserError(
-            f"there are {ranks.size} ranks, and a step has train.shards = {train.shards}; set train.shards = {ranks.size} "
-            "or a larger power of two, or start fewer ranks"
+            f"there are {ranks.size} ranks, and train.shards is {train.shards}; set train.shards = {ranks.size} or a "
+            "larger power of two, or start fewer ranks"
         )
     if train.shards == 1:
         return None

@@ -28,8 +28,8 @@ from gpu_bp.memory import refuse_too_large
 from gpu_bp.model import Model
 from gpu_bp.network import Network
 from gpu_bp.optimizer import Optimizer
-from gpu_bp.schedule import Schedule
 from gpu_bp.ranks import Alone, Ranks
+from gpu_bp.schedule import Schedule
 from gpu_bp.selection import Selection
 from gpu_bp.spec import Array
 from gpu_bp.step import Step
