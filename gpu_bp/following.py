@@ -22,6 +22,12 @@ def refuse_another_config(config: Config, ranks: Ranks) -> None:
         raise UserError(f"{key} is {here} here, and {first} on rank 0; give all ranks the same config")
 
 
+def may_go_back(trainer: Trainer) -> bool:
+    """Whether a training that has diverged may go back to its last checkpoint."""
+    train = trainer.config.train
+    return train.on_divergence == "rewind" and trainer.rewinds < train.max_rewinds
+
+
 def follow(trainer: Trainer, stop: Callable[[], str], ranks: Ranks) -> None:
     """Trains beside rank 0 to the end, and takes its part in what is evaluated there."""
     state = ranks.broadcast(None)
@@ -33,7 +39,9 @@ def follow(trainer: Trainer, stop: Callable[[], str], ranks: Ranks) -> None:
                 pass
             break
         except Diverged:
-            restore(trainer, *ranks.broadcast(None))  # which does not come where rank 0 does not go back
+            if not may_go_back(trainer):
+                raise
+            restore(trainer, *ranks.broadcast(None))
     if trainer.selection:
         trainer.selection.restore()
     trainer.evaluate()

@@ -23,7 +23,7 @@ from gpu_bp.data.source import Source
 from gpu_bp.data.sources import settle
 from gpu_bp.environment import environment
 from gpu_bp.errors import Diverged, UserError
-from gpu_bp.following import follow, refuse_another_config
+from gpu_bp.following import follow, may_go_back, refuse_another_config
 from gpu_bp.lock import Lock
 from gpu_bp.memory import out_of_memory
 from gpu_bp.model import Model
@@ -228,7 +228,10 @@ def _steps(
             for line in steps:
                 if line:
                     folder.add_metrics(line)
-                saving.after_step()
+                try:
+                    saving.after_step()
+                except Diverged as error:  # some steps before the loss showed it: the other ranks do not know
+                    raise error if ranks.size == 1 else UserError(str(error)) from None
                 yield line
             saving.finish()
             return
@@ -248,8 +251,7 @@ def _go_back(
         saving.wait()
     except Diverged as earlier:  # parameters that were to be saved, some steps before the loss showed it
         error = earlier
-    may = train.on_divergence == "rewind" and trainer.rewinds < train.max_rewinds
-    good = checkpoints.newest() if may else None
+    good = checkpoints.newest() if may_go_back(trainer) else None
     if good is None:
         raise error
     went_back = trainer.rewinds + 1

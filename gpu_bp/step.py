@@ -396,7 +396,7 @@ class Step:
             return _cut(batch.n, 1, 0, self._part_rows)
         place, end = batch.place, batch.place + batch.n
         leaves = self._sharded.sharding.leaves(batch.step_rows)
-        return [(a - place, b - place) for a, b in leaves if place <= a and b <= end]
+        return [(a - place, b - place) for a, b in leaves if place <= a and b <= end] or [(0, 0)]
 
 
 class _Part(NamedTuple):

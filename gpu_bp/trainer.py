@@ -225,7 +225,10 @@ class Trainer:
         self.steps = step - 1
         batches = self.batches.epoch(epoch, epoch_step, follows=False)
         with closing(batches):
-            return Diverged(str(diagnose(self.step.objective_of_parts, self.step.cut(batches), step)))
+            found = diagnose(self.step.objective_of_parts, self.step.cut(batches), step)
+        # what the first of the ranks has found that has found anything
+        said = self._ranks.all_gather((not found.what, str(found)))
+        return Diverged(min(said, key=lambda each: each[0])[1])
 
     def _place_of(self, step: int) -> tuple[int, int]:
         """The epoch and the step of the epoch, both from 0, of one of the steps taken, the first step being 1."""
