@@ -20,6 +20,7 @@ from gpu_bp.initial import initialise
 from gpu_bp.network import Network
 from gpu_bp.objective import Objective
 from gpu_bp.precision import PRECISIONS
+from gpu_bp.ranks import Alone, Ranks
 from gpu_bp.sharding import Sharding
 
 
@@ -59,14 +60,25 @@ def network_of_zeros(config: Config, dataset: Dataset, backend: Backend, precisi
     return network
 
 
-def build_sharding(config: Config, network: Network, source: Source) -> Sharding | None:
-    """How the steps of a training are split; None where they are not. Their arrays are for the largest leaf."""
-    train = config.train
+def build_sharding(config: Config, network: Network, source: Source, ranks: Ranks | None = None) -> Sharding | None:
+    """How the steps of a training are split, and which shards are this rank's; None where they are not.
+
+    Their arrays are for the largest leaf.
+
+    Raises:
+        UserError: there are more ranks than shards.
+    """
+    train, ranks = config.train, ranks or Alone()
+    if ranks.size > train.shards:
+        raise UserError(
+            f"there are {ranks.size} ranks, and train.shards is {train.shards}; set train.shards = {ranks.size} or a "
+            "larger power of two, or start fewer ranks"
+        )
     if train.shards == 1:
         return None
-    rows = min(train.batch_size, source.n_rows)
+    rows, count = min(train.batch_size, source.n_rows), train.shards // ranks.size
     leaf_rows = network.backend.division(network.widths, -(-rows // train.shards), workers=1).rows
-    sharding = Sharding(train.shards, min(leaf_rows, train.part_rows or leaf_rows), 0, train.shards)
+    sharding = Sharding(train.shards, min(leaf_rows, train.part_rows or leaf_rows), ranks.rank * count, count)
     return replace(sharding, leaf_rows=sharding.largest_leaf(rows))
 
 

@@ -71,8 +71,11 @@ def diagnose(objective: Objective, batches: Iterable[Batch], step: int) -> Diagn
     looks: list[_Look] = []
     wrong: dict[int, list[int]] = {}  # rows for which an array is not finite, by its place among the looks
     objective.forget_loss()
+    objective.network.backend.fill(objective.gradients, 0)  # to which are added those of rows that are not the first
     with np.errstate(all="ignore"):
         for batch in batches:
+            if not batch.n:  # of the step's rows this process has none
+                break
             objective.forward(batch, step - 1)
             objective.backward(batch, step - 1)
             numbers = to_host(batch.rows)

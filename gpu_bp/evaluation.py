@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
-from typing import Any
+from functools import partial
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +15,9 @@ from gpu_bp.data.source import Batch, Source
 from gpu_bp.metrics import Metric, Metrics
 from gpu_bp.network import Network
 from gpu_bp.objective import Objective
-from gpu_bp.spec import Array, Loss
+from gpu_bp.ranks import Alone, Ranks
+from gpu_bp.sharding import Sharding
+from gpu_bp.spec import Loss
 
 # Rows that are evaluated at a time; fixed, so that the same network always gives the same figures.
 EVALUATION_ROWS = 4096
@@ -32,7 +35,7 @@ class Evaluator:
         objective: of the network, for batches of `EVALUATION_ROWS` or as many rows as there are; others may use it too.
         most: rows, at most, rounded up to whole batches.
         metrics: those beside the usual ones.
-        alike: with the same bits however many threads there are.
+        sharding: how batches are split, so that the figures depend on nothing else. ranks: who evaluates together.
 
     Raises:
         UserError: a metric that does not go with the source.
@@ -45,14 +48,18 @@ class Evaluator:
         most: int | None = None,
         metrics: Sequence[Metric] = (),
         *,
-        alike: bool = False,
+        sharding: Sharding | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         network, loss = objective.network, objective.loss
         self._backend = network.backend
+        self._sharding = sharding
+        self._ranks = ranks or Alone()
         self.objective = objective
-        self._alike = alike
         self.metrics = Metrics(source.task, source.n_targets, metrics, weighted=source.weighted, loss=loss)
-        self.batches = Batches(network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype)
+        self.batches = Batches(
+            network.backend, source, EVALUATION_ROWS, "ordered", seed=0, dtype=network.dtype, sharding=sharding
+        )
         self._steps = min(self.batches.per_epoch, -(-(most or source.n_rows) // self.batches.size))
         self.rows = min(source.n_rows, self._steps * self.batches.size)
         self.weighed = False
@@ -71,20 +78,39 @@ class Evaluator:
         return self._evaluate(self._steps)
 
     def _evaluate(self, steps: int) -> dict[str, Any]:
-        to_host = self._backend.to_host
+        total = weight = 0.0
         with np.errstate(over="ignore", invalid="ignore"):  # where a loss is not finite, the caller sees it
             for batch in islice(self.batches.epoch(0, follows=False), steps):
-                outputs = self._outputs(batch)
-                weights = None if batch.weights is None else to_host(batch.weights)
-                self.metrics.add(to_host(outputs), to_host(batch.targets), weights)
-        result = {"loss": self.objective.mean_loss(), **self.metrics.result()}
-        self.weighed = self.objective.weighed
-        return result
+                own: list[_Part] = []
+                # bound to this batch and list: the action is done before the next ones are there
+                self._backend.together([partial(self._forward, batch, own)], alike=self._sharding is not None)
+                for part in chain.from_iterable(self._ranks.all_gather(own)):
+                    self.metrics.add(part.outputs, part.targets, part.weights)
+                    total, weight = total + part.total, weight + part.weight
+        self.weighed = weight > 0
+        return {"loss": total / weight if weight else float("nan"), **self.metrics.result()}
 
-    def _outputs(self, batch: Batch) -> Array:
-        outputs: list[Array] = []
-        self._backend.together([lambda: outputs.append(self.objective.forward(batch))], alike=self._alike)
-        return outputs[0]
+    def _forward(self, batch: Batch, parts: list[_Part]) -> None:
+        """Appends what comes of the rows of a batch, shard by shard."""
+        to_host, objective, place = self._backend.to_host, self.objective, batch.place
+        cuts = [(place, place + batch.n)] if self._sharding is None else self._sharding.leaves(batch.step_rows)
+        for start, end in cuts:
+            part = batch.part(start - place, end - place)
+            objective.forget_loss()
+            outputs = objective.forward(part)
+            weights = None if part.weights is None else to_host(part.weights)
+            total, weight = objective.sums()
+            parts.append(_Part(to_host(outputs), to_host(part.targets), weights, total, weight))
+
+
+class _Part(NamedTuple):
+    """What comes of some rows, on the host; and the sums of their losses and weights."""
+
+    outputs: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray | None
+    total: float
+    weight: float
 
 
 def try_metrics(made: Mapping[str, Evaluator]) -> None:
@@ -93,14 +119,21 @@ def try_metrics(made: Mapping[str, Evaluator]) -> None:
         evaluator.try_metrics()
 
 
-def evaluators(network: Network, loss: Loss, sources: Mapping[str, Source], config: Config) -> dict[str, Evaluator]:
+def evaluators(
+    network: Network, loss: Loss, sources: Mapping[str, Source], config: Config, ranks: Ranks | None = None
+) -> dict[str, Evaluator]:
     """An evaluator for each split, as a config wants them; of the training rows the first `TRAINING_ROWS` at most."""
-    metrics, alike = config.train.metric_records(), config.train.shards > 1
-    rows = min(EVALUATION_ROWS, max(source.n_rows for source in sources.values()))
+    metrics, ranks, shards = config.train.metric_records(), ranks or Alone(), config.train.shards
+    rows, sharding = min(EVALUATION_ROWS, max(source.n_rows for source in sources.values())), None
+    if shards > 1:
+        count = shards // ranks.size
+        sharding = Sharding(shards, EVALUATION_ROWS, ranks.rank * count, count)
+        rows = sharding.largest_leaf(rows)
     objective = Objective(network, loss, rows, backward=False)
     objective.prepare()  # there may be no room for them later
+    shared: Any = {"sharding": sharding, "ranks": ranks}
     return {
-        name: Evaluator(objective, source, TRAINING_ROWS if name == "train" else None, metrics, alike=alike)
+        name: Evaluator(objective, source, TRAINING_ROWS if name == "train" else None, metrics, **shared)
         for name, source in sources.items()
     }
 

@@ -214,13 +214,18 @@ class Objective:
 
     def mean_loss(self, *, reset: bool = True) -> float:
         """The mean loss a row since this was last read, or only looked at (`reset=False`). Waits for the device."""
-        to_host = self.network.backend.to_host
-        weight = self.rows + (float(to_host(self.weight)[0]) if self._weighted else 0.0)
-        mean = float(to_host(self.total)[0]) / weight if weight else float("nan")
+        total, weight = self.sums()
+        mean = total / weight if weight else float("nan")
         self.weighed = weight > 0
         if reset:
             self.forget_loss()
         return mean
+
+    def sums(self) -> tuple[float, float]:
+        """The loss of the rows since `mean_loss` was read, and what they weighed. Waits for the device."""
+        to_host = self.network.backend.to_host
+        weight = self.rows + (float(to_host(self.weight)[0]) if self._weighted else 0.0)
+        return float(to_host(self.total)[0]), weight
 
     def state(self) -> dict[str, Any]:
         """What `mean_loss` is computed from, fit for JSON. Waits for the device."""

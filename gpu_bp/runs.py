@@ -23,15 +23,17 @@ from gpu_bp.data.source import Source
 from gpu_bp.data.sources import settle
 from gpu_bp.environment import environment
 from gpu_bp.errors import Diverged, UserError
+from gpu_bp.following import follow, may_go_back, refuse_another_config
 from gpu_bp.lock import Lock
 from gpu_bp.memory import out_of_memory
 from gpu_bp.model import Model
 from gpu_bp.own import Piece
+from gpu_bp.ranks import Alone, Ranks
 from gpu_bp.resuming import Resuming, checkpoints_of, is_run, plain
 from gpu_bp.run_folder import RunFolder
 from gpu_bp.saving import Saving
 from gpu_bp.trainer import Trainer
-from gpu_bp.training_state import restore
+from gpu_bp.training_state import restore, take
 
 log = logging.getLogger("gpu_bp")
 
@@ -59,6 +61,7 @@ def train(
     pictures: bool = True,
     watch: Callable[[Trainer, Lines], Lines] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
+    ranks: Ranks | None = None,
 ) -> Result:
     """Trains the network of a config and leaves a run folder.
 
@@ -75,13 +78,27 @@ def train(
         pictures: whether to draw them.
         watch: is given the trainer and its steps to pass on, such as through a progress bar.
         interrupted: asked after every step; yes ends the training there, with everything written, to be resumed.
+        ranks: the processes that train together, of which rank 0 has the run folder; by default this one is alone.
 
     Raises:
         UserError: anything that the user can mend.
     """
     begun = time.monotonic()
-    config = _config(config)
+    config, ranks = _config(config), ranks or Alone()
     backend = _backend(backend)
+    refuse_another_config(config, ranks)
+    limit = config.train.max_minutes
+
+    def stop() -> str:
+        if interrupted():
+            return "interrupted"
+        return "max_minutes" if limit and time.monotonic() - begun >= 60 * limit else ""
+
+    if ranks.rank:
+        trainer = Trainer(config, backend, _dataset(config, sources, backend), ranks)
+        follow(trainer, stop, ranks)
+        summary, folder_of_0 = ranks.broadcast(None)
+        return Result(summary, trainer.model, folder_of_0, [])
     path = Path(run) if run is not None else None
     if resume and path is None:
         raise UserError("to resume, the run folder is needed: give run, on the command line --run")
@@ -92,7 +109,7 @@ def train(
         if resume and path and is_run(path):
             held.enter_context(Lock(path))
             resuming = Resuming(RunFolder(path), config, allow_change)
-        trainer = Trainer(config, backend, _dataset(config, sources, backend))
+        trainer = Trainer(config, backend, _dataset(config, sources, backend), ranks)
         log.info(trainer.where_data)
         described = {
             "config": plain(config),
@@ -113,14 +130,8 @@ def train(
         saving = held.enter_context(closing(Saving(trainer, folder, checkpoints, described)))
         if resuming and resuming.changed:
             saving.save()  # a change was allowed once, and need not be again
-        limit = config.train.max_minutes
-
-        def stop() -> str:
-            if interrupted():
-                return "interrupted"
-            return "max_minutes" if limit and time.monotonic() - begun >= 60 * limit else ""
-
-        steps = held.enter_context(closing(_steps(trainer, folder, checkpoints, saving, stop)))
+        ranks.broadcast(take(trainer) if resuming else None)
+        steps = held.enter_context(closing(_steps(trainer, folder, checkpoints, saving, stop, ranks)))
 
         def watched() -> Lines:
             yield from watch(trainer, steps) if watch else steps
@@ -128,7 +139,9 @@ def train(
                 trainer.stopped, trainer.paused = "interrupted", True
                 saving.finish()
 
-        return _run(trainer, folder, watched(), pictures)
+        result = _run(trainer, folder, watched(), pictures)
+        ranks.broadcast((result.summary, result.folder))
+        return result
 
 
 def resume(
@@ -199,7 +212,12 @@ def _run(trainer: Trainer, folder: RunFolder, steps: Lines, pictures: bool) -> R
 
 
 def _steps(
-    trainer: Trainer, folder: RunFolder, checkpoints: CheckpointFolder, saving: Saving, stop: Callable[[], str]
+    trainer: Trainer,
+    folder: RunFolder,
+    checkpoints: CheckpointFolder,
+    saving: Saving,
+    stop: Callable[[], str],
+    ranks: Ranks,
 ) -> Generator[dict[str, Any] | None, None, None]:
     """The trainer's steps, with metrics and checkpoints written; where it diverges, it may go back to the last one."""
     if trainer.config.train.on_divergence == "rewind" and not trainer.steps:
@@ -210,12 +228,16 @@ def _steps(
             for line in steps:
                 if line:
                     folder.add_metrics(line)
-                saving.after_step()
+                try:
+                    saving.after_step()
+                except Diverged as error:  # some steps before the loss showed it: the other ranks do not know
+                    raise error if ranks.size == 1 else UserError(str(error)) from None
                 yield line
             saving.finish()
             return
         except Diverged as error:
             _go_back(trainer, folder, checkpoints, saving, error)
+            ranks.broadcast(take(trainer))
         finally:
             steps.close()
 
@@ -229,8 +251,7 @@ def _go_back(
         saving.wait()
     except Diverged as earlier:  # parameters that were to be saved, some steps before the loss showed it
         error = earlier
-    may = train.on_divergence == "rewind" and trainer.rewinds < train.max_rewinds
-    good = checkpoints.newest() if may else None
+    good = checkpoints.newest() if may_go_back(trainer) else None
     if good is None:
         raise error
     went_back = trainer.rewinds + 1

@@ -21,6 +21,7 @@ class ShardedGradient:
     Args:
         objective: whose gradient and sums they become. steps: see `Share`.
         record: keeps what is done again and again under a key, for a worker; see `Backend.record`.
+        across: makes arrays the sums over all processes, in the order of the tree; None where this one is alone.
 
     Attributes:
         part_rows: 0, since a batch of any size is cut. objective: what works on a leaf.
@@ -35,6 +36,7 @@ class ShardedGradient:
         steps: Array,
         sharding: Sharding,
         record: Callable[[tuple[object, ...], Action, int], Action],
+        across: Callable[[Sequence[Array]], None] | None = None,
     ) -> None:
         self._whole = objective
         self._backend = objective.network.backend
@@ -44,6 +46,7 @@ class ShardedGradient:
         self._sharding = sharding
         self._steps = steps
         self._record = record
+        self._across = across
         self._slots: list[list[Share]] = []  # of each worker
         self._plans: dict[tuple[object, ...], list[list[_Work]]] = {}
         # of a step in several batches: its rows, and what is still to be done
@@ -62,7 +65,13 @@ class ShardedGradient:
         plan, weighted = self._plan(batch), self._whole.weighs(batch)
         self._backend.together([partial(_do, works, batch) for works in plan], alike=True)
         if batch.last:
-            self._record(("shards", "end", len(plan), weighted), partial(self._end, len(plan), weighted), 0)()
+            workers = len(plan)
+            self._record(("sum of workers", workers, weighted), partial(self._sum_of_workers, workers, weighted), 0)()
+            if self._across is not None:
+                root = self._slots[0][0]
+                weights = [root.weight, root.objective.weight] if weighted else []
+                self._across([root.objective.gradients, root.objective.total, *weights])
+            self._record(("end", weighted), partial(self._end, weighted), 0)()
             self._whole.count(batch, batch.step_rows)
             self.used = 1
 
@@ -84,7 +93,7 @@ class ShardedGradient:
 
     def _workers(self, n: int) -> int:
         """How many work on so many rows at once: a power of two."""
-        most = min(self._backend.division(self._whole.network.widths, n).workers, self._sharding.count)
+        most = min(self._backend.division(self._whole.network.widths, max(1, n)).workers, self._sharding.count)
         return 1 << (most.bit_length() - 1)
 
     def _part(self, batch: Batch) -> list[_Work]:
@@ -131,21 +140,26 @@ class ShardedGradient:
             slots.append(Share(slots[0].objective.beside(), self._steps))
         return slots
 
-    def _end(self, workers: int, weighted: bool) -> None:
-        """The sums of the workers in the same tree; then they are the objective's."""
-        share, stride = self.shares[0], 1
+    def _sum_of_workers(self, workers: int, weighted: bool) -> None:
+        """The sums of the workers in the same tree."""
+        stride = 1
         while stride < workers:
             for worker in range(0, workers, 2 * stride):
                 self._slots[worker][0].add(self._slots[worker + stride][0], weighted)
             stride *= 2
+
+    def _end(self, weighted: bool) -> None:
+        """The sums of all are those of the objective."""
+        share = self.shares[0]
         if weighted:
             self._backend.fill(share.weight, 0)
         share.add_totals(self._slots[0][0], weighted)
 
     def cuts(self, batch: Batch) -> list[tuple[int, int]]:
-        """First and end of the leaves of a batch."""
+        """First and end of the leaves of a batch; of one without rows its own."""
         place, end = batch.place, batch.place + batch.n
-        return [(a - place, b - place) for a, b in self._sharding.leaves(batch.step_rows) if place <= a and b <= end]
+        leaves = self._sharding.leaves(batch.step_rows)
+        return [(a - place, b - place) for a, b in leaves if place <= a and b <= end] or [(0, 0)]
 
     def forget_plans(self) -> None:
         """What was recorded is gone."""

@@ -48,6 +48,10 @@ class Sharding:
         """Of n rows of a step the first that is worked on here, and the end of them."""
         return self._edge(n, self.first), self._edge(n, self.first + self.count)
 
+    def most_rows(self, n: int) -> int:
+        """As many rows at most are worked on here, of a step of n rows or fewer."""
+        return -(-n * self.count // self.shards)
+
     def leaves(self, n: int) -> Iterator[tuple[int, int]]:
         """What is worked on at a time here, of a step of n rows: first and end, none without rows."""
         for each in self.operations(n, self.first, self.count):

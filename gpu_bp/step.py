@@ -9,7 +9,7 @@ recorded when it is asked for the first time, and from then on only run (`Backen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -51,7 +51,7 @@ class Step:
         average: a moving average of the parameters that each step brings up to date.
         watch: False leaves out the look at what is finite; not in float16.
         sharding: how a step is split into shards, that its bits depend on nothing else; else its gradient is summed by
-            as many workers as there are.
+            as many workers as there are. across: see `ShardedGradient`, where several processes share a step.
 
     Attributes:
         flag: (1,) int64 on the device, -1 until a step goes wrong, then its number, the first step being 1; None
@@ -68,6 +68,7 @@ class Step:
         average: Average | None = None,
         watch: bool = True,
         sharding: Sharding | None = None,
+        across: Callable[[Sequence[Array]], None] | None = None,
     ) -> None:
         network, backend = objective.network, objective.network.backend
         self.objective = objective
@@ -89,7 +90,7 @@ class Step:
         if sharding is None:
             self._gradient = GradientInParts(objective, self._steps, self._record)
         else:
-            self._gradient = ShardedGradient(objective, self._steps, sharding, self._record)
+            self._gradient = ShardedGradient(objective, self._steps, sharding, self._record, across)
         self._rows = 0  # of the step so far
         self._recorded: dict[tuple[object, ...], Action] = {}
         self._places: dict[tuple[int | None, ...], Batch] = {}

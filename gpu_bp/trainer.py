@@ -6,7 +6,7 @@ source -> batches -> step: forward -> output delta -> backward -> update -> metr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -26,8 +26,10 @@ from gpu_bp.evaluation import Evaluator, evaluate, evaluators, try_metrics
 from gpu_bp.memory import refuse_too_large
 from gpu_bp.model import Model
 from gpu_bp.optimizer import Optimizer
+from gpu_bp.ranks import Alone, Ranks
 from gpu_bp.schedule import Schedule
 from gpu_bp.selection import Selection
+from gpu_bp.spec import Array
 from gpu_bp.step import Step
 
 
@@ -45,7 +47,10 @@ class Trainer:
         average: the moving average of the parameters, and selection: the best of them; None where not asked for.
     """
 
-    def __init__(self, config: Config, backend: Backend, dataset: Dataset | None = None) -> None:
+    def __init__(
+        self, config: Config, backend: Backend, dataset: Dataset | None = None, ranks: Ranks | None = None
+    ) -> None:
+        self._ranks = ranks = ranks or Alone()
         dataset = dataset or load_data(config, backend=backend)
         refuse_too_large(config, dataset, backend)
         train, loss = config.train, config.loss.record()
@@ -54,8 +59,8 @@ class Trainer:
         self.dataset = dataset
         self.model = Model(network, dataset.preparation, loss)
         sources, self.where_data = settle(backend, dataset.sources, config.data.residency, network.dtype)
-        self._evaluators = evaluators(network, loss, sources, config)
-        self._sharding = build_sharding(config, network, sources["train"])
+        self._sharding = build_sharding(config, network, sources["train"], ranks)
+        self._evaluators = evaluators(network, loss, sources, config, ranks)
         self.batches = build_batches(config, sources["train"], backend, network.dtype, self._sharding)
         per_epoch = self.batches.per_epoch
         self.total_steps = train.total_steps(per_epoch)
@@ -74,7 +79,7 @@ class Trainer:
         if record.full_batch and (config.schedule.kind != "constant" or config.schedule.warmup_steps):
             raise UserError(f"{record.name} changes its step sizes itself; leave schedule out")
         self.average = Average(network, train.average_decay) if train.average_decay else None
-        self._averaged = evaluators(self.average.network, loss, sources, config) if self.average else {}
+        self._averaged = evaluators(self.average.network, loss, sources, config, ranks) if self.average else {}
         self.step = self._build_step()
         self.selection = self._build_selection()
         try_metrics(self._evaluators)
@@ -103,7 +108,20 @@ class Trainer:
             max_norm=asked.max_norm,
             average=self.average,
             sharding=self._sharding,
+            across=self._across if self._ranks.size > 1 else None,
         )
+
+    def _across(self, arrays: Sequence[Array]) -> None:
+        """Makes arrays of the backend's the sums over all ranks."""
+        backend = self.model.network.backend
+        for array in arrays:
+            host = backend.to_host(array)
+            self._ranks.sum_tree(host)
+            array[...] = backend.to_device(host)
+
+    def _agreed(self, reason: str) -> str:
+        """The reason to pause that any of the ranks has, the same on all of them."""
+        return next(filter(None, self._ranks.all_gather(reason)), "")
 
     def _build_schedule(self) -> Schedule:
         section = self.config.schedule
@@ -165,13 +183,13 @@ class Trainer:
                 for batch in self.batches.epoch(epoch, self.epoch_step, follows=follows, free=free):
                     before = self.steps
                     self.step(batch)
-                    self.rows += batch.n
                     if not batch.last:
                         continue
+                    self.rows += batch.step_rows * batch.steps
                     self.steps += batch.steps
                     self.go_to(epoch, self.epoch_step + batch.steps)
                     last, due = self.steps == self.total_steps, self.steps % self._log_every == 0
-                    reason = stop()
+                    reason = self._agreed(stop())
                     if last or due or reason or self.steps // read_every > before // read_every:
                         bad = self.step.diverged()  # waits for the device
                         if bad is not None:
@@ -201,7 +219,10 @@ class Trainer:
         self.steps = step - 1
         batches = self.batches.epoch(epoch, epoch_step, follows=False)
         with closing(batches):
-            return Diverged(str(diagnose(self.step.objective_of_parts, self.step.cut(batches), step)))
+            found = diagnose(self.step.objective_of_parts, self.step.cut(batches), step)
+        # what the first of the ranks has found that has found anything
+        said = self._ranks.all_gather((not found.what, str(found)))
+        return Diverged(min(said, key=lambda each: each[0])[1])
 
     def _place_of(self, step: int) -> tuple[int, int]:
         """The epoch and the step of the epoch, both from 0, of one of the steps taken, the first step being 1."""

@@ -12,6 +12,7 @@ from gpu_bp import Batch, Batches, NumpyBackend, ResidentSource, Source, Task, p
 from gpu_bp.backends import Backend
 from gpu_bp.data import load_data
 from gpu_bp.data.order import CHUNK
+from gpu_bp.sharding import Sharding
 
 SAMPLINGS = ["ordered", "shuffled", "replacement"]
 # Rows of a step and of a part: one that divides the other or not, all rows, more than all, and one at a time.
@@ -119,3 +120,35 @@ def test_parts_of_a_step_longer_than_the_orders_chunk(sampling: str) -> None:
     assert_same([whole(step)], [whole(wanted)])
     arrays = {len(batch.inputs.base) for batch in batches.epoch(0)}
     assert arrays == {1000}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("in_leaves", [False, True])
+@pytest.mark.parametrize("size", [1, 5, 12, 33, 100, 1000])
+def test_processes_share_a_step(sampling: Any, resident: bool, in_leaves: bool, size: int) -> None:
+    """What they have of it is together the step that one alone has; also where some have no row of it."""
+    backend, shards = NumpyBackend(), 8
+    source: Source = Numbers(100, weighted=True)
+    source = ResidentSource(backend, source, "float32") if resident else source
+    options = {"block_rows": 7, "window_blocks": 3}
+    whole_steps = Batches(backend, source, size, sampling, 5, **options)
+    for processes in (1, 2, 4, 8):
+        count, theirs = shards // processes, []
+        for process in range(processes):
+            sharding = Sharding(shards, 3, process * count, count)
+            part = 3 if in_leaves else None
+            batches = Batches(backend, source, size, sampling, 5, part_rows=part, sharding=sharding, **options)
+            theirs.append([steps_of(backend, batches, epoch) for epoch in (0, 1)])
+        for epoch in (0, 1):
+            wanted = [step for (step,) in steps_of(backend, whole_steps, epoch)]
+            steps = [
+                [b for part in parts for b in part] for parts in zip(*(each[epoch] for each in theirs), strict=True)
+            ]
+            for step, expected in zip(steps, wanted, strict=True):
+                assert [b.last for b in step].count(True) == processes
+                filled = [b for b in step if b.n]
+                assert [b.place for b in filled] == [0, *np.cumsum([b.n for b in filled])[:-1]]
+                arrays = zip(*(b.arrays for b in filled), strict=True)
+                for array, right in zip(map(np.concatenate, arrays), expected.arrays, strict=True):
+                    np.testing.assert_array_equal(array, right)

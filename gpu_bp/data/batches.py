@@ -53,8 +53,10 @@ class Batches:
         self._sharding = sharding
         self.size = min(batch_size, source.n_rows)
         self.part_size = min(part_rows or self.size, self.size)
-        if sharding is not None and self.part_size < self.size:
-            self.part_size = sharding.largest_leaf(self.size)
+        self._in_leaves = sharding is not None and self.part_size < self.size
+        if sharding is not None:
+            most = sharding.largest_leaf(self.size) if self._in_leaves else self.size
+            self.part_size = min(sharding.most_rows(self.size), most)
         self.per_epoch = -(-source.n_rows // self.size)
         self._length = self.per_epoch * self.size if sampling == "replacement" else source.n_rows
         self._steps = 1
@@ -89,7 +91,8 @@ class Batches:
         for start, step, place, n in self._parts(first, free):
             rows = self._order.rows(epoch, start + place, n)
             batch = replace(self._batch(step, place, n), rows=rows)
-            self._source.fill(rows, batch)
+            if n:
+                self._source.fill(rows, batch)
             yield batch
 
     def _parts(self, first: int, free: Callable[[], int]) -> Iterator[tuple[int, int, int, int]]:
@@ -106,10 +109,15 @@ class Batches:
                 yield start, step, place, end - place
             start += step
 
+    def _rows_here(self, step: int) -> tuple[int, int]:
+        """Of a step of so many rows the first that is worked on here, and the end of them."""
+        return (0, step) if self._sharding is None else self._sharding.rows(step)
+
     def _cuts(self, step: int) -> Iterable[tuple[int, int]]:
-        """The parts of a step of so many rows."""
-        if self.part_size >= step:
-            return [(0, step)]
+        """The parts of a step of so many rows: one at least, be it of no rows."""
+        first, end = self._rows_here(step)
+        if first == end or (end - first <= self.part_size and not self._in_leaves):
+            return [(first, end)]
         if self._sharding is not None:
             return self._sharding.leaves(step)
         return [(place, min(place + self.part_size, step)) for place in range(0, step, self.part_size)]
@@ -117,25 +125,28 @@ class Batches:
     def _batch(self, step: int, place: int, n: int) -> Batch:
         """The arrays for n rows, as a part of a step of so many, or as all rows of several steps."""
         steps = max(1, step // self.size)
-        return replace(self._first(n), place=place, last=place + n == step, steps=steps, rows_in_step=step // steps)
+        last = place + n == self._rows_here(step)[1]
+        return replace(self._first(n), place=place, last=last, steps=steps, rows_in_step=step // steps)
 
     def _from_windows(
         self, windows: Windows, epoch: int, first: int, follows: bool, free: Callable[[], int]
     ) -> Iterator[Batch]:
-        parts = self._parts(first, free)
-        filled = 0  # rows of the part in progress, where it began in the window before
-        for window, places in windows.from_place(epoch, first * self.size, follows):
-            start, end = 0, window.n if places is None else len(places)
-            while start < end:
-                if not filled:
-                    _, step, place, size = next(parts)
-                n = min(size - filled, end - start)
-                self._gather(window, start, n, places, self._arrays.part(filled, filled + n))
-                start, filled = start + n, filled + n
-                if filled == size:
-                    windows.upload_what_is_read()
-                    yield self._batch(step, place, size)
-                    filled = 0
+        begin = end = first * self.size  # the places of the window that is there
+        window, places = self._arrays, None
+        coming = windows.from_place(epoch, end, follows)
+        for start, step, place, size in self._parts(first, free):
+            at, filled = start + place, 0
+            while filled < size:
+                while at >= end:
+                    window, places = next(coming)
+                    begin, end = end, end + (window.n if places is None else len(places))
+                n = min(size - filled, end - at)
+                self._gather(window, at - begin, n, places, self._arrays.part(filled, filled + n))
+                at, filled = at + n, filled + n
+            windows.upload_what_is_read()
+            yield self._batch(step, place, size)
+        for _ in coming:  # what is read ahead for the next epoch stays
+            pass
 
     def _first(self, n: int) -> Batch:
         """The first n rows of the arrays: the same objects again and again, by which a step knows them."""

@@ -1,0 +1,49 @@
+"""What the ranks do that have no run folder: they train beside rank 0, and go on from where it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gpu_bp.config import Config
+from gpu_bp.errors import Diverged, UserError
+from gpu_bp.ranks import Ranks
+from gpu_bp.resuming import plain
+from gpu_bp.tables import differing
+from gpu_bp.trainer import Trainer
+from gpu_bp.training_state import restore
+
+
+def refuse_another_config(config: Config, ranks: Ranks) -> None:
+    """Raises UserError on a rank whose config is not that of rank 0."""
+    own = plain(config)
+    others = differing(ranks.broadcast(own), own)
+    if others:
+        key, (first, here) = next(iter(others.items()))
+        raise UserError(f"{key} is {here} here, and {first} on rank 0; give all ranks the same config")
+
+
+def may_go_back(trainer: Trainer) -> bool:
+    """Whether a training that has diverged may go back to its last checkpoint."""
+    train = trainer.config.train
+    return train.on_divergence == "rewind" and trainer.rewinds < train.max_rewinds
+
+
+def follow(trainer: Trainer, stop: Callable[[], str], ranks: Ranks) -> None:
+    """Trains beside rank 0 to the end, and takes its part in what is evaluated there."""
+    state = ranks.broadcast(None)
+    if state is not None:
+        restore(trainer, *state)
+    while True:
+        try:
+            for _ in trainer.run(stop, together=True):
+                pass
+            break
+        except Diverged:
+            if not may_go_back(trainer):
+                raise
+            restore(trainer, *ranks.broadcast(None))
+    if trainer.selection:
+        trainer.selection.restore()
+    trainer.evaluate()
+    if trainer.average:
+        trainer.evaluate_average()

@@ -1,0 +1,44 @@
+"""What test_distributed.py starts on several ranks: `python -m mpi4py tests/train_on_ranks.py FOLDER NAME[:STEPS]...`
+
+Trains those of trainings.py, in shards, whose data are in that folder, each into a folder of its name; with STEPS until
+so many are taken, and where it was begun, it goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from trainings import REWINDS, after, tables, train
+
+from gpu_bp import Diverged
+from gpu_bp.ranks import join
+
+SHARDS = 8
+
+
+def config_of(name: str, folder: Path) -> dict[str, Any]:
+    """The config of a training, or of the one that rewinds, in shards."""
+    if name == "rewinds":
+        return {**REWINDS, "train": {**REWINDS["train"], "shards": SHARDS}}
+    return tables(name, folder, train={"shards": SHARDS})
+
+
+def main() -> None:
+    warnings.simplefilter("error")
+    folder, *names = sys.argv[1:]
+    with join() as ranks:
+        for each in names:
+            name, _, steps = each.partition(":")
+            interrupted = after(int(steps or -1))
+            run = Path(folder) / name
+            try:
+                train(config_of(name, Path(folder)), run=run, resume=True, interrupted=interrupted, ranks=ranks)
+            except Diverged as error:
+                (run / f"diverged on {ranks.rank}").write_text(str(error))
+
+
+if __name__ == "__main__":
+    main()
