@@ -56,7 +56,8 @@ def sharded(backend: Backend) -> Ratio:
     rows = CELL.batch // SHARDS
     leaf_rows = backend.division(split.network.widths, rows, workers=1).rows
     split.take = Step(split.objective, split.optimizer, sharding=Sharding(SHARDS, leaf_rows, 0, SHARDS))
-    pairs = list(zip(*each_round(backend, [split.step, plain.step], ROUNDS, ROUND_SECONDS), strict=True))
+    taken = each_round(backend, [split.step, plain.step], ROUNDS, ROUND_SECONDS)
+    pairs = [list(pair) for pair in zip(*taken, strict=True)]
     return ratio(f"a step in {SHARDS} shards, of one in none: {CELL.shape}", pairs, 1.05)
 
 

@@ -39,6 +39,7 @@ from gpu_bp.gradcheck import TOLERANCE, check_gradients
 from gpu_bp.interruption import Signals
 from gpu_bp.model import Model
 from gpu_bp.progress import watch
+from gpu_bp.ranks import join
 from gpu_bp.run_folder import RunFolder, finite
 from gpu_bp.runs import Lines, Result
 from gpu_bp.runs import evaluate as evaluate_run
@@ -121,11 +122,15 @@ def train(
     quiet: QuietOption = False,
 ) -> int:
     """Train a network and leave a run folder."""
-    parsed = load_config(config, overrides or [])
     return _train(
         quiet,
         lambda **shown: train_run(
-            parsed, backend=backend, run=run, resume=resume, allow_change=allow_change or (), **shown
+            load_config(config, overrides or []),
+            backend=backend,
+            run=run,
+            resume=resume,
+            allow_change=allow_change or (),
+            **shown,
         ),
     )
 
@@ -149,8 +154,10 @@ def resume(
 
 
 def _train(quiet: bool, train: Callable[..., Result]) -> int:
-    """Shows a training, and says how it ended."""
-    console = _Console(quiet=quiet, highlight=False)
+    """Shows a training, and says how it ended; of several ranks the first does."""
+    ranks = join()
+    # a launcher's pipes are taken for a terminal, or the other way round: in lines, where there are several ranks
+    console = _Console(quiet=quiet or ranks.rank > 0, highlight=False, force_terminal=False if ranks.size > 1 else None)
 
     def say(sentence: str) -> None:
         console.print(harmless(sentence), markup=False, soft_wrap=True)
@@ -161,8 +168,9 @@ def _train(quiet: bool, train: Callable[..., Result]) -> int:
         yield from show(trainer, steps)
         signals.stepping = False
 
-    with signals, _log_to(say):
-        result = train(watch=steps_of, interrupted=signals.interrupted)
+    with signals, _log_to(say), ranks:
+        result = train(watch=steps_of, interrupted=signals.interrupted, ranks=ranks)
+        number = max(ranks.all_gather(signals.number))
     for sentence in _sentences(result.summary):
         say(sentence)
     stopped = result.summary["stopped"]
@@ -174,7 +182,7 @@ def _train(quiet: bool, train: Callable[..., Result]) -> int:
     if result.pictures:
         say("pictures: " + ", ".join(str(path) for path in result.pictures))
     say(f"run folder: {result.folder}")
-    return 128 + signals.number if stopped == "interrupted" else 0
+    return 128 + number if stopped == "interrupted" else 0
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from gpu_bp.config import Config
 from gpu_bp.errors import Diverged, UserError
@@ -22,6 +23,12 @@ def refuse_another_config(config: Config, ranks: Ranks) -> None:
         raise UserError(f"{key} is {here} here, and {first} on rank 0; give all ranks the same config")
 
 
+def told(ranks: Ranks) -> Any:
+    """What rank 0 broadcasts."""
+    nothing: Any = None
+    return ranks.broadcast(nothing)
+
+
 def may_go_back(trainer: Trainer) -> bool:
     """Whether a training that has diverged may go back to its last checkpoint."""
     train = trainer.config.train
@@ -30,7 +37,7 @@ def may_go_back(trainer: Trainer) -> bool:
 
 def follow(trainer: Trainer, stop: Callable[[], str], ranks: Ranks) -> None:
     """Trains beside rank 0 to the end, and takes its part in what is evaluated there."""
-    state = ranks.broadcast(None)
+    state = told(ranks)
     if state is not None:
         restore(trainer, *state)
     while True:
@@ -41,7 +48,7 @@ def follow(trainer: Trainer, stop: Callable[[], str], ranks: Ranks) -> None:
         except Diverged:
             if not may_go_back(trainer):
                 raise
-            restore(trainer, *ranks.broadcast(None))
+            restore(trainer, *told(ranks))
     if trainer.selection:
         trainer.selection.restore()
     trainer.evaluate()

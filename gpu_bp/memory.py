@@ -92,7 +92,7 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
         for each in networks:
             for name, evaluator in evaluators(each, loss, sources, config).items():
                 batch = ask(evaluator.batches, sources[name], on, dtype)
-                evaluator.objective.forward(batch)
+                evaluator.objective.forward(batch.part(0, min(batch.n, evaluator.objective.batch_size)))
     with part("batches"):
         sharding = build_sharding(config, network, sources["train"])
         batches = build_batches(config, sources["train"], on, dtype, sharding)

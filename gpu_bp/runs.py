@@ -23,7 +23,7 @@ from gpu_bp.data.source import Source
 from gpu_bp.data.sources import settle
 from gpu_bp.environment import environment
 from gpu_bp.errors import Diverged, UserError
-from gpu_bp.following import follow, may_go_back, refuse_another_config
+from gpu_bp.following import follow, may_go_back, refuse_another_config, told
 from gpu_bp.lock import Lock
 from gpu_bp.memory import out_of_memory
 from gpu_bp.model import Model
@@ -97,7 +97,7 @@ def train(
     if ranks.rank:
         trainer = Trainer(config, backend, _dataset(config, sources, backend), ranks)
         follow(trainer, stop, ranks)
-        summary, folder_of_0 = ranks.broadcast(None)
+        summary, folder_of_0 = told(ranks)
         return Result(summary, trainer.model, folder_of_0, [])
     path = Path(run) if run is not None else None
     if resume and path is None:
