@@ -15,12 +15,14 @@ from gpu_bp.training_state import restore
 
 
 def refuse_another_config(config: Config, ranks: Ranks) -> None:
-    """Raises UserError on a rank whose config is not that of rank 0."""
-    own = plain(config)
-    others = differing(ranks.broadcast(own), own)
-    if others:
-        key, (first, here) = next(iter(others.items()))
-        raise UserError(f"{key} is {here} here, and {first} on rank 0; give all ranks the same config")
+    """Raises UserError, on all ranks, where one has another config than rank 0."""
+    first, *others = ranks.all_gather(plain(config))
+    for rank, other in enumerate(others, 1):
+        for key, (was, there) in differing(first, other).items():
+            raise UserError(
+                f"rank {rank} has another config: {key} is {there} there, and {was} on rank 0; "
+                "give all ranks the same one"
+            )
 
 
 def told(ranks: Ranks) -> Any:

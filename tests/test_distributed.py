@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from on_mpi import PREFIXES, Done, Mpi, errors
@@ -13,6 +15,7 @@ from train_on_ranks import config_of
 from trainings import TRAININGS, outcome, train, write_data
 
 pytestmark = pytest.mark.mpi
+KILLS = int(os.environ.get("GPU_BP_KILLS", "4"))
 NAMES = [*(name for name in TRAININGS if "shards" not in TRAININGS[name].get("train", {})), "rewinds"]
 
 
@@ -36,9 +39,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(mpi: Mpi, n: int, folder: Path, *names: str) -> Done:
+def start(mpi: Mpi, n: int, folder: Path, *names: str, **environment: str) -> Done:
     write_data(folder)
-    return mpi.start(n, [ROOT / "tests/train_on_ranks.py", folder, *names])
+    return mpi.start(n, [ROOT / "tests/train_on_ranks.py", folder, *names], **environment)
 
 
 def told(run: Path, folder: Path) -> dict[str, Any]:
@@ -70,6 +73,21 @@ def test_on_another_number_of_ranks(mpich: Mpi, alone: Path, tmp_path: Path) -> 
             assert {k: v for k, v in one.items() if k != "files"} == {k: v for k, v in other.items() if k != "files"}
 
 
+def test_killed_ranks(mpich: Mpi, alone: Path, tmp_path: Path) -> None:
+    """SIGKILL of any rank at any instant ends the job; started again, on as many ranks or others, it goes on."""
+    train(config_of("long", alone), run=alone / "long", backend="numpy")
+    rng = np.random.default_rng(int(os.environ.get("GPU_BP_KILLS", "0")))
+    killed = 0
+    for _ in range(KILLS):
+        n = int(rng.choice([2, 4]))
+        kill = f"{rng.integers(n)} {rng.uniform(0, 1):.3f}"
+        killed += start(mpich, n, tmp_path, "long", KILL=kill).returncode != 0  # that it hangs is a failure
+    assert killed, "none of them was killed"
+    assert start(mpich, 2, tmp_path, "long").returncode == 0
+    one, other = told(tmp_path / "long", tmp_path), told(alone / "long", alone)
+    assert {k: v for k, v in one.items() if k != "files"} == {k: v for k, v in other.items() if k != "files"}
+
+
 def refused(words: list[Any], mpich: Mpi, do: str = "pass") -> str:
     """The line in which a training of XOR on two ranks is refused; `do` is done on each before, `rank` being its."""
     code = f"import os, sys; rank = os.environ['PMI_RANK']; {do}; from gpu_bp.cli import main; main()"
@@ -97,7 +115,7 @@ def test_a_rank_that_does_not_see_the_config(mpich: Mpi, tmp_path: Path) -> None
 def test_ranks_with_different_configs(mpich: Mpi, tmp_path: Path) -> None:
     words = ["train.shards=2", "--run", tmp_path / "run"]
     assert refused(words, mpich, "sys.argv.append('seed=' + rank)") == (
-        "error: rank 1: seed is 1 here, and 0 on rank 0; give all ranks the same config"
+        "error: rank 0: rank 1 has another config: seed is 1 there, and 0 on rank 0; give all ranks the same one"
     )
     assert not (tmp_path / "run").exists()
 
@@ -105,11 +123,12 @@ def test_ranks_with_different_configs(mpich: Mpi, tmp_path: Path) -> None:
 def test_a_run_folder_that_is_used(mpich: Mpi, tmp_path: Path) -> None:
     """Which rank 0 alone looks at."""
     (tmp_path / "file").touch()
-    assert refused(["train.shards=2", "--run", tmp_path], mpich).startswith(f"error: rank 0: {tmp_path}")
+    assert refused(["train.shards=2", "--run", tmp_path], mpich).startswith(f"error: rank 0: run folder {tmp_path}")
 
 
 def test_a_full_disk_on_rank_0(mpich: Mpi, tmp_path: Path) -> None:
-    limit = "import resource; rank == '0' and resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
-    line = refused(["train.shards=2", "--run", tmp_path / "run", "--quiet"], mpich, limit)
+    limited = "rank == '0' and resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
+    words = ["train.shards=2", "--run", tmp_path / "run", "--quiet"]
+    line = refused(words, mpich, f"from mpi4py import MPI; import resource; {limited}")  # MPI has files of its own
     assert line.startswith("error: rank 0: ")
-    assert "File too large" in line
+    assert "No space left on device" in line

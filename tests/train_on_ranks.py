@@ -1,12 +1,16 @@
-"""What test_distributed.py starts on several ranks: `python -m mpi4py tests/train_on_ranks.py FOLDER NAME[:STEPS]...`
+"""What test_distributed.py starts on several ranks: `python tests/train_on_ranks.py FOLDER NAME[:STEPS]...`
 
 Trains those of trainings.py, in shards, whose data are in that folder, each into a folder of its name; with STEPS until
-so many are taken, and where it was begun, it goes on.
+so many are taken, and where it was begun, it goes on. With KILL="RANK SECONDS" in the environment that rank is killed
+after so long, wherever it is.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,9 @@ SHARDS = 8
 
 
 def config_of(name: str, folder: Path) -> dict[str, Any]:
-    """The config of a training, or of the one that rewinds, in shards."""
+    """The config of a training, or of the one that rewinds or the one that takes longer, in shards."""
+    if name == "long":
+        return tables("noise", folder, train={"shards": SHARDS, "epochs": 60, "log_every": 50})
     if name == "rewinds":
         return {**REWINDS, "train": {**REWINDS["train"], "shards": SHARDS}}
     return tables(name, folder, train={"shards": SHARDS})
@@ -30,6 +36,9 @@ def main() -> None:
     warnings.simplefilter("error")
     folder, *names = sys.argv[1:]
     with join() as ranks:
+        rank, seconds = os.environ.get("KILL", "-1 0").split()
+        if ranks.rank == int(rank):
+            threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
         for each in names:
             name, _, steps = each.partition(":")
             interrupted = after(int(steps or -1))
