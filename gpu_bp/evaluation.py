@@ -88,7 +88,9 @@ class Evaluator:
                     self.metrics.add(part.outputs, part.targets, part.weights)
                     total, weight = total + part.total, weight + part.weight
         self.weighed = weight > 0
-        return {"loss": total / weight if weight else float("nan"), **self.metrics.result()}
+        # what a function of a user's own gives may be another number each time: all ranks take that of the first
+        result = {"loss": total / weight if weight else float("nan"), **self.metrics.result()}
+        return self._ranks.broadcast(result)
 
     def _forward(self, batch: Batch, parts: list[_Part]) -> None:
         """Appends what comes of the rows of a batch, shard by shard."""

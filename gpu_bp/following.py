@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gpu_bp.config import Config
-from gpu_bp.errors import Diverged, UserError
+from gpu_bp.errors import Diverged, UserError, short
 from gpu_bp.ranks import Ranks
 from gpu_bp.resuming import plain
 from gpu_bp.tables import differing
@@ -22,6 +22,16 @@ def refuse_another_config(config: Config, ranks: Ranks) -> None:
             raise UserError(
                 f"rank {rank} has another config: {key} is {there} there, and {was} on rank 0; "
                 "give all ranks the same one"
+            )
+
+
+def refuse_other_data(trainer: Trainer, data: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raises UserError, on all ranks, where one has other data than rank 0, by their `identity`, or another backend."""
+    first, *others = ranks.all_gather({"backend": trainer.model.network.backend.name, "data": data})
+    for rank, other in enumerate(others, 1):
+        for key, (was, there) in differing(first, other).items():
+            raise UserError(
+                f"rank {rank} does not train on the same: {key} is {short(there)} there, and {short(was)} on rank 0"
             )
 
 

@@ -3,8 +3,8 @@
 How a job ends. A rank that is killed is the launcher's affair: it kills the others. One that raises, or ends while the
 others go on, would leave them waiting for ever, so each rank ends through `__exit__`, where they tell each other what
 came of them. If all get there, rank 0 says what went wrong on the first one on which something did, and all have its
-exit status. Where another goes on, to be seen by a message from it that waits for an answer, or does not come within a
-second of a failure, the rank says itself what happened and aborts the job.
+exit status. Where another goes on, to be seen by a message from it that waits for an answer, or does not come for long
+after a failure, the rank says itself what happened and aborts the job.
 
 To see this, all that ranks do together is made of messages with one tag, to and from the partners rank ^ 1, ^ 2, ^ 4,
 (but arrays are broadcast by MPI, after such messages); those at the end have another.
@@ -33,7 +33,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 WORK, END = 1, 2  # tags
-PATIENCE = 1.0  # seconds that a rank with an error waits for the others to end too
+PATIENCE = 600.0  # seconds that a rank with an error waits for one that may be saving its network
 READ = 0.2  # seconds that a launcher has to read what was written, which otherwise may be lost in an abort
 POLL = 0.01
 INTERRUPTED = (130, 143)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from gpu_bp.data.source import Source
 from gpu_bp.data.sources import settle
 from gpu_bp.environment import environment
 from gpu_bp.errors import Diverged, UserError
-from gpu_bp.following import follow, may_go_back, refuse_another_config, told
+from gpu_bp.following import follow, may_go_back, refuse_another_config, refuse_other_data, told
 from gpu_bp.lock import Lock
 from gpu_bp.memory import out_of_memory
 from gpu_bp.model import Model
@@ -87,15 +87,16 @@ def train(
     config, ranks = _config(config), ranks or Alone()
     backend = _backend(backend)
     refuse_another_config(config, ranks)
-    limit = config.train.max_minutes
+    limit, enough = config.train.max_minutes, False
 
     def stop() -> str:
-        if interrupted():
+        if interrupted() or enough:
             return "interrupted"
         return "max_minutes" if limit and time.monotonic() - begun >= 60 * limit else ""
 
     if ranks.rank:
         trainer = Trainer(config, backend, _dataset(config, sources, backend), ranks)
+        refuse_other_data(trainer, identity(config, trainer.dataset), ranks)
         follow(trainer, stop, ranks)
         summary, folder_of_0 = told(ranks)
         return Result(summary, trainer.model, folder_of_0, [])
@@ -116,6 +117,7 @@ def train(
             "environment": environment(backend),
             "data": identity(config, trainer.dataset),
         }
+        refuse_other_data(trainer, described["data"], ranks)
         if resuming:
             folder, checkpoints = resuming.folder, resuming.checkpoints
             resuming.restore(trainer, described)
@@ -134,8 +136,13 @@ def train(
         steps = held.enter_context(closing(_steps(trainer, folder, checkpoints, saving, stop, ranks)))
 
         def watched() -> Lines:
+            nonlocal enough
             yield from watch(trainer, steps) if watch else steps
             if trainer.steps < trainer.total_steps and not trainer.stopped:  # who watches wants no more of it
+                if ranks.size > 1:
+                    enough = True
+                    yield from steps  # until all of them know
+                    return
                 trainer.stopped, trainer.paused = "interrupted", True
                 saving.finish()
 
@@ -228,18 +235,28 @@ def _steps(
             for line in steps:
                 if line:
                     folder.add_metrics(line)
-                try:
+                with _known_here_alone(ranks):
                     saving.after_step()
-                except Diverged as error:  # some steps before the loss showed it: the other ranks do not know
-                    raise error if ranks.size == 1 else UserError(str(error)) from None
                 yield line
-            saving.finish()
+            with _known_here_alone(ranks):
+                saving.finish()
             return
         except Diverged as error:
             _go_back(trainer, folder, checkpoints, saving, error)
             ranks.broadcast(take(trainer))
         finally:
             steps.close()
+
+
+@contextmanager
+def _known_here_alone(ranks: Ranks) -> Iterator[None]:
+    """Parameters to be saved may show a divergence before the loss does; then other ranks know nothing of it."""
+    try:
+        yield
+    except Diverged as error:
+        if ranks.size == 1:
+            raise
+        raise UserError(str(error)) from None
 
 
 def _go_back(

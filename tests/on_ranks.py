@@ -117,6 +117,16 @@ def go_on_telling(ranks: Ranks) -> None:
         ranks.broadcast(np.zeros(100))
 
 
+def impatient(fault: Callable[[Ranks], object]) -> Callable[[Ranks], None]:
+    """Who fails does not wait for the others to end too."""
+
+    def case(ranks: Ranks) -> None:
+        sys.modules["gpu_bp.mpi"].PATIENCE = 1.0  # type: ignore[attr-defined]
+        fault(ranks)
+
+    return case
+
+
 def raises(error: BaseException) -> Callable[[Ranks], None]:
     def fault(ranks: Ranks) -> None:
         raise error
@@ -144,7 +154,8 @@ CASES: dict[str, Callable[[Ranks], dict[str, Any] | None]] = {
     "return-while-told": on_one(lambda ranks: None, go_on_telling),
     "killed": on_one(is_killed),
     "user-error-at-the-end": on_one(raises(UserError(BROKEN)), lambda ranks: None),
-    "user-error-meanwhile": on_one(raises(UserError(BROKEN)), lambda ranks: time.sleep(1000)),
+    "user-error-meanwhile": on_one(impatient(raises(UserError(BROKEN))), lambda ranks: time.sleep(1000)),
+    "user-error-while-one-saves": on_one(raises(UserError(BROKEN)), lambda ranks: time.sleep(3)),
     "all-interrupted": lambda ranks: sys.exit(143),
     "user-error-on-all": raises(UserError(BROKEN)),
     "aborted": on_one(lambda ranks: ranks.abort("no reason", 7)),

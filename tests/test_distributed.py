@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from on_mpi import PREFIXES, Done, Mpi, errors
 from train_on_ranks import config_of
-from trainings import TRAININGS, outcome, train, write_data
+from trainings import TRAININGS, last_checkpoint, outcome, train, write_data
 
 pytestmark = pytest.mark.mpi
 KILLS = int(os.environ.get("GPU_BP_KILLS", "4"))
@@ -59,6 +59,14 @@ def test_every_training(mpi: Mpi, n: int, alone: Path, tmp_path: Path) -> None:
     assert (done.returncode, errors(done)) == (0, []), done.stderr
     for name in NAMES:
         assert told(tmp_path / name, tmp_path) == told(alone / name, alone), name
+
+
+def test_who_watches_has_enough(mpich: Mpi, tmp_path: Path) -> None:
+    """All ranks pause after the same step, and the training goes on from there."""
+    done = start(mpich, 2, tmp_path, "noise", WATCHED="3")
+    assert (done.returncode, errors(done)) == (0, []), done.stderr
+    assert json.loads((tmp_path / "noise/summary.json").read_text())["stopped"] == "interrupted"
+    assert 3 <= last_checkpoint(tmp_path / "noise").facts.training.step <= 5
 
 
 def test_on_another_number_of_ranks(mpich: Mpi, alone: Path, tmp_path: Path) -> None:
@@ -118,6 +126,16 @@ def test_ranks_with_different_configs(mpich: Mpi, tmp_path: Path) -> None:
         "error: rank 0: rank 1 has another config: seed is 1 there, and 0 on rank 0; give all ranks the same one"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_with_different_data(mpich: Mpi, tmp_path: Path) -> None:
+    words = ["train.shards=2", "--run", tmp_path / "run"]
+    other = (
+        "import gpu_bp.runs as runs; found = runs.identity; runs.identity = lambda *of: {**found(*of), 'file': rank}"
+    )
+    assert refused(words, mpich, other) == (
+        "error: rank 0: rank 1 does not train on the same: data.file is '1' there, and '0' on rank 0"
+    )
 
 
 def test_a_run_folder_that_is_used(mpich: Mpi, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ MORE_FAULTS = {
     "interrupted": (130, "interrupted"),
     "return": (1, "ended while other ranks go on"),
     "return-while-told": (1, "ended while other ranks go on"),
+    "user-error-while-one-saves": (2, "rows.csv: line 3 is broken"),
     "user-error-meanwhile": (2, "rows.csv: line 3 is broken"),
     "aborted": (7, "no reason"),
 }

@@ -2,7 +2,7 @@
 
 Trains those of trainings.py, in shards, whose data are in that folder, each into a folder of its name; with STEPS until
 so many are taken, and where it was begun, it goes on. With KILL="RANK SECONDS" in the environment that rank is killed
-after so long, wherever it is.
+after so long, wherever it is; with WATCHED=STEPS who watches rank 0 wants no more than so many.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def config_of(name: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     warnings.simplefilter("error")
-    folder, *names = sys.argv[1:]
+    (folder, *names), watched = sys.argv[1:], os.environ.get("WATCHED", "")
     with join() as ranks:
         rank, seconds = os.environ.get("KILL", "-1 0").split()
         if ranks.rank == int(rank):
@@ -43,8 +44,16 @@ def main() -> None:
             name, _, steps = each.partition(":")
             interrupted = after(int(steps or -1))
             run = Path(folder) / name
+            watch = (lambda _, steps: islice(steps, int(watched))) if watched else None
             try:
-                train(config_of(name, Path(folder)), run=run, resume=True, interrupted=interrupted, ranks=ranks)
+                train(
+                    config_of(name, Path(folder)),
+                    run=run,
+                    resume=True,
+                    interrupted=interrupted,
+                    watch=watch,
+                    ranks=ranks,
+                )
             except Diverged as error:
                 (run / f"diverged on {ranks.rank}").write_text(str(error))
 
