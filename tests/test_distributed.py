@@ -150,3 +150,10 @@ def test_a_full_disk_on_rank_0(mpich: Mpi, tmp_path: Path) -> None:
     line = refused(words, mpich, f"from mpi4py import MPI; import resource; {limited}")  # MPI has files of its own
     assert line.startswith("error: rank 0: ")
     assert "No space left on device" in line
+
+
+def test_parameters_diverge_at_the_end(mpich: Mpi, tmp_path: Path) -> None:
+    """Which rank 0 alone sees, when it saves them: nothing is there to go back to for the others."""
+    changes = ["train.batch_size=4", "train.epochs=1", "optimizer.learning_rate=1e39", "train.on_divergence=rewind"]
+    line = refused(["train.shards=2", *changes, "--run", tmp_path / "run"], mpich)
+    assert line.startswith("error: rank 0: the training diverged at step 1: parameters.layers.0.weights is not finite")
