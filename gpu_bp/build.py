@@ -76,9 +76,10 @@ def build_sharding(config: Config, network: Network, source: Source, ranks: Rank
         )
     if train.shards == 1:
         return None
-    rows, count = min(train.batch_size, source.n_rows), train.shards // ranks.size
+    rows = min(train.batch_size, source.n_rows)
     leaf_rows = network.backend.division(network.widths, -(-rows // train.shards), workers=1).rows
-    sharding = Sharding(train.shards, min(leaf_rows, train.part_rows or leaf_rows), ranks.rank * count, count)
+    leaf_rows = min(leaf_rows, train.part_rows or leaf_rows)
+    sharding = Sharding.of_rank(train.shards, leaf_rows, ranks.rank, ranks.size)
     return replace(sharding, leaf_rows=sharding.largest_leaf(rows))
 
 

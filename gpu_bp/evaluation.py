@@ -128,8 +128,7 @@ def evaluators(
     metrics, ranks, shards = config.train.metric_records(), ranks or Alone(), config.train.shards
     rows, sharding = min(EVALUATION_ROWS, max(source.n_rows for source in sources.values())), None
     if shards > 1:
-        count = shards // ranks.size
-        sharding = Sharding(shards, EVALUATION_ROWS, ranks.rank * count, count)
+        sharding = Sharding.of_rank(shards, EVALUATION_ROWS, ranks.rank, ranks.size)
         rows = sharding.largest_leaf(rows)
     objective = Objective(network, loss, rows, backward=False)
     objective.prepare()  # there may be no room for them later

@@ -44,6 +44,11 @@ class Sharding:
         if self.count & (self.count - 1) or self.first % self.count or not 0 <= self.first < self.shards:
             raise ValueError(f"shards {self.first} to {self.first + self.count} of {self.shards} are no subtree")
 
+    @classmethod
+    def of_rank(cls, shards: int, leaf_rows: int, rank: int, size: int) -> Sharding:
+        """That of one of so many processes, which share the shards out evenly."""
+        return cls(shards, leaf_rows, rank * (shards // size), shards // size)
+
     def rows(self, n: int) -> tuple[int, int]:
         """Of n rows of a step the first that is worked on here, and the end of them."""
         return self._edge(n, self.first), self._edge(n, self.first + self.count)

@@ -115,6 +115,9 @@ class Trainer:
         """Makes arrays of the backend's the sums over all ranks."""
         backend = self.model.network.backend
         for array in arrays:
+            if isinstance(array, np.ndarray):
+                self._ranks.sum_tree(array)
+                continue
             host = backend.to_host(array)
             self._ranks.sum_tree(host)
             array[...] = backend.to_device(host)
