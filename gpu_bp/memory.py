@@ -3,7 +3,8 @@
 The parts of the training are made as the trainer makes them, on a backend that has no memory and only counts: what is
 counted is then what will be made. One step is taken so, for what is made with it.
 
-A training that does not fit is refused in one line, which says what would.
+A training that does not fit is refused in one line, which says what would. Of several ranks each counts what it makes
+itself, and those on one machine share its memory.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from gpu_bp.evaluation import evaluators
 from gpu_bp.initial import host_bytes
 from gpu_bp.optimizer import Optimizer
 from gpu_bp.precision import PRECISIONS
+from gpu_bp.ranks import Alone, Ranks
 from gpu_bp.schedule import constant
 from gpu_bp.selection import Selection
 from gpu_bp.sharding import Sharding
@@ -65,11 +67,11 @@ class Need:
         return sum(self.device.values())
 
 
-def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
-    """What the training of a config on these data will need on a backend.
+def estimate(config: Config, dataset: Dataset, backend: Backend, ranks: Ranks | None = None) -> Need:
+    """What the training of a config on these data will need on a backend; of several ranks, what this one will.
 
     Raises:
-        UserError: the network, the metrics or the classes do not go with the data.
+        UserError: the network, the metrics or the classes do not go with the data, or the ranks with the shards.
         MemoryError: more than can be counted.
     """
     counting = Counting(backend)
@@ -82,6 +84,7 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
         sources = {name: counted(source, backend, on) for name, source in dataset.sources.items()}
         if kept:
             sources = {name: resident(source, on, dtype) for name, source in sources.items()}
+    sharding = build_sharding(config, network, sources["train"], ranks)
     with part("average"):
         average = Average(network, train.average_decay) if train.average_decay else None
     networks = [network, average.network] if average else [network]
@@ -90,11 +93,10 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
             Selection(config.stopping, False, networks)
     with part("evaluation"):
         for each in networks:
-            for name, evaluator in evaluators(each, loss, sources, config).items():
+            for name, evaluator in evaluators(each, loss, sources, config, ranks).items():
                 batch = ask(evaluator.batches, sources[name], on, dtype)
                 evaluator.objective.forward(batch.part(0, min(batch.n, evaluator.objective.batch_size)))
     with part("batches"):
-        sharding = build_sharding(config, network, sources["train"])
         batches = build_batches(config, sources["train"], on, dtype, sharding)
         batch = ask(batches, sources["train"], on, dtype)
     with part("optimizer state"):
@@ -132,46 +134,75 @@ def estimate(config: Config, dataset: Dataset, backend: Backend) -> Need:
 
 def _parts_of_a_step(batches: Batches, batch: Batch, sharding: Sharding | None) -> Iterator[Batch]:
     """What a step asks of a backend, but no more of it than makes arrays; `batch` is its first part."""
-    if batches.part_size == batches.size:
+    if sharding is not None:
+        # all that is here at once, or of parts as many as make two of a shard
+        rows = min(batches.size, 2 * sharding.shards * batches.part_size) if batches.in_leaves else batches.size
+        here = sharding.rows(rows)
+        leaves = [*sharding.leaves(rows)] if batches.in_leaves else []
+        for start, end in leaves or [here]:
+            yield replace(batch.part(0, end - start), place=start, last=end == here[1], rows_in_step=rows)
+    elif batches.part_size == batches.size:
         yield batch
-    elif sharding is None:
+    else:
         yield replace(batch, last=False)
         n = min(batch.n, batches.size - batches.part_size)
         yield replace(batch.part(0, n), place=batches.part_size, rows_in_step=batches.size)  # as if the step ended here
-    else:
-        rows = min(batches.size, 2 * sharding.shards * batches.part_size)  # for two parts of a shard
-        for start, end in sharding.leaves(rows):
-            yield replace(batch.part(0, end - start), place=start, last=end == rows, rows_in_step=rows)
 
 
-def refuse_too_large(config: Config, dataset: Dataset, backend: Backend) -> None:
-    """Raises UserError where the training of a config does not fit into the memory that is free; it says what would."""
-    if message := too_large(config, dataset, backend, estimate(config, dataset, backend), backend.free_bytes()):
+def refuse_too_large(config: Config, dataset: Dataset, backend: Backend, ranks: Ranks | None = None) -> None:
+    """Raises UserError where the training of a config does not fit into the memory that is free; it says what would.
+
+    All ranks ask at once, so that none has taken any yet, and go by the machine that has least.
+    """
+    ranks = ranks or Alone()
+    need = estimate(config, dataset, backend, ranks)
+    sharing = _sharing(backend, ranks)
+    free, sharing = min(ranks.all_gather((backend.free_bytes() // sharing, sharing)))
+    if message := too_large(config, dataset, backend, need, free, ranks, sharing):
         raise UserError(message)
 
 
-def too_large(config: Config, dataset: Dataset, backend: Backend, need: Need, free: int) -> str:
-    """One line where a training needs more than there is free: how much more, and what would fit. Else ""."""
+def too_large(
+    config: Config,
+    dataset: Dataset,
+    backend: Backend,
+    need: Need,
+    free: int,
+    ranks: Ranks | None = None,
+    sharing: int = 1,
+) -> str:
+    """One line where a training needs more than there is free: how much more, and what would fit. Else "".
+
+    `free` is a rank's part, where so many are `sharing` the memory of a machine.
+    """
     if need.total <= free:
         return ""
+    who, part = (f"each of the {sharing} ranks on a machine", " for it") if sharing > 1 else ("the training", "")
     return (
-        f"the training needs {size(need.total)} of memory{_on(backend)}, {size(free)} are free and "
-        f"{size(need.total - free)} are missing; {_what_fits(config, dataset, backend, free)}"
+        f"{who} needs {size(need.total)} of memory{_on(backend)}, {size(free)} are free{part} and "
+        f"{size(need.total - free)} are missing; {_what_fits(config, dataset, backend, free, ranks)}"
     )
 
 
-def out_of_memory(config: Config, dataset: Dataset, backend: Backend, step: int) -> UserError:
+def out_of_memory(
+    config: Config, dataset: Dataset, backend: Backend, step: int, ranks: Ranks | None = None
+) -> UserError:
     """The error where memory ran out at a step although the training should have fitted; it says what would fit.
 
     To be asked for while the training still holds what it has.
     """
-    need = estimate(config, dataset, backend)
+    need = estimate(config, dataset, backend, ranks)
     held = need.total - sum(need.device.get(name, 0) for name in PASSING)
-    there = min(need.total, held + backend.free_bytes())
+    there = min(need.total, held + backend.free_bytes() // _sharing(backend, ranks or Alone()))
     return UserError(
         f"out of memory at step {step}: the training needs about {size(need.total)}{_on(backend)}, and about "
-        f"{size(there)} were there for it; {_what_fits(config, dataset, backend, there)}"
+        f"{size(there)} were there for it; {_what_fits(config, dataset, backend, there, ranks)}"
     )
+
+
+def _sharing(backend: Backend, ranks: Ranks) -> int:
+    """How many ranks take their arrays from the same memory: those of a machine, from the host's."""
+    return ranks.local_size if backend.name == "numpy" else 1
 
 
 def table(need: Need, free: int) -> list[str]:
@@ -198,11 +229,11 @@ def size(n_bytes: int) -> str:
 # what would fit ------------------------------------------------------------------------------------------------------
 
 
-def _what_fits(config: Config, dataset: Dataset, backend: Backend, free: int) -> str:
+def _what_fits(config: Config, dataset: Dataset, backend: Backend, free: int, ranks: Ranks | None) -> str:
     """What to change so that a training fits into so much memory, what changes least named first."""
 
     def fits(residency: str, **changes: int) -> bool:
-        return estimate(_changed(config, residency, **changes), dataset, backend).total <= ROOM * free
+        return estimate(_changed(config, residency, **changes), dataset, backend, ranks).total <= ROOM * free
 
     def largest(residency: str, key: str, most: int) -> int:
         return _largest(lambda n: fits(residency, **{key: n}), most)
@@ -225,7 +256,7 @@ def _what_fits(config: Config, dataset: Dataset, backend: Backend, free: int) ->
     if found:
         return f"{' or '.join(found)} would fit"
     single = {"part_rows": 1} | ({} if full_batch else {"batch_size": 1})
-    least = estimate(_changed(config, "host", **single), dataset, backend)
+    least = estimate(_changed(config, "host", **single), dataset, backend, ranks)
     own = sum(least.device.get(name, 0) for name in ("parameters", "gradients", SUMMED, "optimizer state"))
     return (
         f"no batch is small enough: a single row needs {size(least.total)}, {size(own)} of it for parameters, "

@@ -63,6 +63,7 @@ class Mpi:
         self.size: int = self._comm.size
         machine = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank: int = machine.rank
+        self.local_size: int = machine.size
         self.sum_tree = TreeSum(self._comm, WORK)
         self._partners = [level.partner for level in halving(0, self.rank, self.size)]
         machine.Barrier()

@@ -35,12 +35,13 @@ class Ranks(Protocol):
 
     Attributes:
         rank: which one this is, from 0 on. size: how many there are, a power of two.
-        local_rank: which one it is of those on the same machine.
+        local_rank: which one it is of those on the same machine. local_size: how many these are.
     """
 
     rank: int
     size: int
     local_rank: int
+    local_size: int
 
     def sum_tree(self, flat: np.ndarray) -> None:
         """Puts the sum over all ranks into `flat` (n,), float32 or float64, in the tree of `tree_sum.py`."""
@@ -72,7 +73,7 @@ class Ranks(Protocol):
 class Alone:
     """A process by itself."""
 
-    rank, size, local_rank = 0, 1, 0
+    rank, size, local_rank, local_size = 0, 1, 0, 1
 
     def sum_tree(self, flat: np.ndarray) -> None:
         pass

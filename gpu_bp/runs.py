@@ -146,7 +146,7 @@ def train(
                 trainer.stopped, trainer.paused = "interrupted", True
                 saving.finish()
 
-        result = _run(trainer, folder, watched(), pictures)
+        result = _run(trainer, folder, watched(), pictures, ranks)
         ranks.broadcast((result.summary, result.folder))
         return result
 
@@ -177,9 +177,9 @@ def resume(
     return train(config, run=run, resume=True, **keywords)
 
 
-def _run(trainer: Trainer, folder: RunFolder, steps: Lines, pictures: bool) -> Result:
+def _run(trainer: Trainer, folder: RunFolder, steps: Lines, pictures: bool, ranks: Ranks) -> Result:
     """Takes the steps, and leaves in the folder what came of them."""
-    saved = 0
+    config, backend, saved = trainer.config, trainer.model.network.backend, 0
     try:
         for _ in steps:
             pass
@@ -192,8 +192,7 @@ def _run(trainer: Trainer, folder: RunFolder, steps: Lines, pictures: bool) -> R
         kept = f", its network after {saved} steps in {folder.model_file}" if saved else ""
         raise UserError(f"{error} (its metrics are in {folder.metrics_file}{kept})") from None
     except MemoryError:  # CuPy's is one too; the checkpoints are as they were
-        raise out_of_memory(trainer.config, trainer.dataset, trainer.model.network.backend, trainer.steps + 1) from None
-    config, backend = trainer.config, trainer.model.network.backend
+        raise out_of_memory(config, trainer.dataset, backend, trainer.steps + 1, ranks) from None
     summary = {
         "name": config.name,
         "seed": config.seed,

@@ -52,7 +52,7 @@ class Trainer:
     ) -> None:
         self._ranks = ranks = ranks or Alone()
         dataset = dataset or load_data(config, backend=backend)
-        refuse_too_large(config, dataset, backend)
+        refuse_too_large(config, dataset, backend, ranks)
         train, loss = config.train, config.loss.record()
         network = build_network(config, dataset, backend)
         self.config = config

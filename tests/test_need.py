@@ -34,6 +34,7 @@ from gpu_bp.config import Config
 from gpu_bp.data import Dataset, own_data
 from gpu_bp.data.source import Batch
 from gpu_bp.initial import host_bytes
+from gpu_bp.ranks import Ranks
 
 
 class Measured(NumpyBackend):
@@ -139,9 +140,9 @@ def make(**sections: Any) -> Config:
     return parse_config({"name": "need", **made})
 
 
-def trained(config: Config, dataset: Dataset, backend: Any) -> Trainer:
+def trained(config: Config, dataset: Dataset, backend: Any, ranks: Ranks | None = None) -> Trainer:
     """A training of one epoch and a bit, evaluated: all that it ever makes is there."""
-    trainer = Trainer(config, backend, dataset)
+    trainer = Trainer(config, backend, dataset, ranks)
     for _ in islice(trainer.run(together=True), 12):
         pass
     trainer.evaluate()
@@ -149,12 +150,12 @@ def trained(config: Config, dataset: Dataset, backend: Any) -> Trainer:
     return trainer
 
 
-def check(config: Config, dataset: Dataset, backend: Measured) -> None:
+def check(config: Config, dataset: Dataset, backend: Measured, ranks: Ranks | None = None) -> None:
     """To the byte what is made; and more, but not much more, than the backend keeps for itself."""
     before = backend.used
-    need = memory.estimate(config, dataset, backend)
+    need = memory.estimate(config, dataset, backend, ranks)
     assert backend.used == before, "nothing is made"
-    trainer = trained(config, dataset, backend)
+    trainer = trained(config, dataset, backend, ranks)
     apart = sum(need.device.get(name, 0) for name in ("scratch", "checkpoint", "initial weights"))
     assert need.total - apart == backend.used - before
     assert backend.scratch <= need.device["scratch"]

@@ -29,6 +29,7 @@ class Batches:
 
     Attributes:
         size: rows of a step. part_size: rows of a batch, at most.
+        in_leaves: whether the parts are the leaves of a sharding.
         per_epoch: steps an epoch.
         asked_rows: rows that the source is asked for at once, at most.
         staged: whether they come from the host into staging memory that stays.
@@ -53,9 +54,9 @@ class Batches:
         self._sharding = sharding
         self.size = min(batch_size, source.n_rows)
         self.part_size = min(part_rows or self.size, self.size)
-        self._in_leaves = sharding is not None and self.part_size < self.size
+        self.in_leaves = sharding is not None and self.part_size < self.size
         if sharding is not None:
-            most = sharding.largest_leaf(self.size) if self._in_leaves else self.size
+            most = sharding.largest_leaf(self.size) if self.in_leaves else self.size
             self.part_size = min(sharding.most_rows(self.size), most)
         self.per_epoch = -(-source.n_rows // self.size)
         self._length = self.per_epoch * self.size if sampling == "replacement" else source.n_rows
@@ -116,7 +117,7 @@ class Batches:
     def _cuts(self, step: int) -> Iterable[tuple[int, int]]:
         """The parts of a step of so many rows: one at least, be it of no rows."""
         first, end = self._rows_here(step)
-        if first == end or (end - first <= self.part_size and not self._in_leaves):
+        if first == end or (end - first <= self.part_size and not self.in_leaves):
             return [(first, end)]
         if self._sharding is not None:
             return self._sharding.leaves(step)
