@@ -51,7 +51,7 @@ class Sharding:
 
     def rows(self, n: int) -> tuple[int, int]:
         """Of n rows of a step the first that is worked on here, and the end of them."""
-        return self._edge(n, self.first), self._edge(n, self.first + self.count)
+        return self.edge(n, self.first), self.edge(n, self.first + self.count)
 
     def most_rows(self, n: int) -> int:
         """As many rows at most are worked on here, of a step of n rows or fewer."""
@@ -70,7 +70,7 @@ class Sharding:
 
     def operations(self, n: int, first: int, count: int, slot: int = 0) -> Iterator[Operation]:
         """What puts the sums over `count` shards from `first` on into a slot, in slots from there on."""
-        start, end = self._edge(n, first), self._edge(n, first + count)
+        start, end = self.edge(n, first), self.edge(n, first + count)
         if count > 1:
             yield from self.operations(n, first, count // 2, slot)
             yield from self.operations(n, first + count // 2, count // 2, slot + 1)
@@ -83,5 +83,6 @@ class Sharding:
             if k:
                 yield Operation(slot, start, cuts[1], add=True)
 
-    def _edge(self, n: int, shard: int) -> int:
+    def edge(self, n: int, shard: int) -> int:
+        """Of n rows of a step the first of a shard."""
         return shard * n // self.shards

@@ -78,14 +78,15 @@ def large(rows: int = 600_000) -> Config:
     return make(data={"rows": rows, "residency": "host"}, train=train)
 
 
-def test_a_rank_has_its_part_of_the_rows() -> None:
-    """Of the batches of the training, and of those that are evaluated; gradients and parameters are whole."""
-    parsed, backend = large(), Measured()
+@pytest.mark.parametrize("change", [[], ['train.sampling="shuffled"', "train.batch_size=1000", "data.rows=100000"]])
+def test_a_rank_has_its_part_of_the_rows(change: list[str]) -> None:
+    """Of batches, of windows, and of what is evaluated; gradients and parameters are whole."""
+    parsed, backend = changed(large(), change), Measured()
     dataset = load_data(parsed, backend=backend)
     alone = memory.estimate(parsed, dataset, backend).device
     for size in (2, 4, 8):
         need = memory.estimate(parsed, dataset, backend, OneOf(size - 1, size)).device
-        assert need["batches"] == pytest.approx(alone["batches"] / size, rel=1e-3)
+        assert need["batches"] == pytest.approx(alone["batches"] / size, rel=0.05)
         less, rows = alone["evaluation"] - need["evaluation"], 4096 + 700 + 300
         assert less == pytest.approx((1 - 1 / size) * rows * (8 + 13 * 4), rel=1e-2)
         assert need["gradients"] == alone["gradients"]

@@ -127,12 +127,17 @@ def test_parts_of_a_step_longer_than_the_orders_chunk(sampling: str) -> None:
 @pytest.mark.parametrize("in_leaves", [False, True])
 @pytest.mark.parametrize("size", [1, 5, 12, 33, 100, 1000])
 def test_processes_share_a_step(sampling: Any, resident: bool, in_leaves: bool, size: int) -> None:
-    """What they have of it is together the step that one alone has; also where some have no row of it."""
+    """What they have of it is together the step that one alone has; also where some have no row of it.
+
+    It is the step that there is without shards, but where rows are shuffled by windows.
+    """
     backend, shards = NumpyBackend(), 8
     source: Source = Numbers(100, weighted=True)
     source = ResidentSource(backend, source, "float32") if resident else source
-    options = {"block_rows": 7, "window_blocks": 3}
-    whole_steps = Batches(backend, source, size, sampling, 5, **options)
+    options: dict[str, Any] = {"block_rows": 7, "window_blocks": 3}
+    by_windows = sampling == "shuffled" and not resident
+    alone = Sharding(shards, 3, 0, shards) if by_windows else None
+    whole_steps = Batches(backend, source, size, sampling, 5, sharding=alone, **options)
     for processes in (1, 2, 4, 8):
         count, theirs = shards // processes, []
         for process in range(processes):

@@ -8,6 +8,7 @@ from typing import Any
 
 from gpu_bp.backends import Backend
 from gpu_bp.data.order import Order, Sampling
+from gpu_bp.data.places import Places
 from gpu_bp.data.source import Batch, Source
 from gpu_bp.data.sources import empty, on_device
 from gpu_bp.data.windows import Blocks, Windows
@@ -72,8 +73,9 @@ class Batches:
         from_host = source.backend is not backend
         if source.block_rows > 1 and (sampling == "shuffled" or (sampling == "ordered" and from_host)):
             blocks = Blocks.of(source, sampling, seed, block_rows, window_blocks)
-            self._windows = Windows(backend, source, blocks, dtype)
-            self.asked_rows, self.staged = blocks.asked_rows, from_host
+            places = Places.of(source.n_rows, self.size, sharding, in_order=sampling == "ordered")
+            self._windows = Windows(backend, source, blocks, places, dtype)
+            self.asked_rows, self.staged = min(blocks.asked_rows, self._windows.rows), from_host
         else:
             self._source = on_device(backend, source)
             self._order = Order(backend, sampling, seed, source.n_rows, self._length, batch_rows)
@@ -132,17 +134,17 @@ class Batches:
     def _from_windows(
         self, windows: Windows, epoch: int, first: int, follows: bool, free: Callable[[], int]
     ) -> Iterator[Batch]:
-        begin = end = first * self.size  # the places of the window that is there
+        at = end = 0  # of the run that is there
         window, places = self._arrays, None
-        coming = windows.from_place(epoch, end, follows)
-        for start, step, place, size in self._parts(first, free):
-            at, filled = start + place, 0
+        coming = windows.from_place(epoch, first * self.size, follows)
+        for _, step, place, size in self._parts(first, free):
+            filled = 0
             while filled < size:
-                while at >= end:
+                if at == end:
                     window, places = next(coming)
-                    begin, end = end, end + (window.n if places is None else len(places))
+                    at, end = 0, window.n if places is None else len(places)
                 n = min(size - filled, end - at)
-                self._gather(window, at - begin, n, places, self._arrays.part(filled, filled + n))
+                self._gather(window, at, n, places, self._arrays.part(filled, filled + n))
                 at, filled = at + n, filled + n
             windows.upload_what_is_read()
             yield self._batch(step, place, size)

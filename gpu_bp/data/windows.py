@@ -7,20 +7,27 @@ row comes once, the disk is read by blocks, and any place of any epoch is found 
 How well it shuffles: two rows of one block always come within one window. Where the rows on disk are in no
 particular order that does not matter; where they are sorted, blocks must be small against the sorted parts.
 
+Where the rows of a step are split into shards (`sharding.py`), those of a window are shared out in the order in which
+its blocks are read: to shard 0 as many as it takes while the window lasts, the next to shard 1, and so on; each takes
+its own in a pseudo-random order. So who works on some shards reads their part of the window alone, and the order
+depends on how many shards there are, but not on who works on them. Where nothing is shuffled, their rows of each step
+are read.
+
 While the steps take rows from one window, a thread reads the next into the memory of the one before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpu_bp.backends import Backend
 from gpu_bp.data.order import Sampling
+from gpu_bp.data.places import Places
 from gpu_bp.data.source import Batch, Source
 from gpu_bp.data.sources import empty
 from gpu_bp.registry import Permutations, Purpose
@@ -95,9 +102,9 @@ class Blocks:
         taken = permutation(numbers)[0].tolist()
         return [(b * self.rows, min(self.rows, self.n_rows - b * self.rows)) for b in taken]
 
-    def within(self, epoch: int, window: int, n: int) -> Permutations:
-        """The order in which the n rows of a window are taken."""
-        return Permutations.of(self.seed, Purpose.WINDOWS, n, epoch * self.windows + window)
+    def within(self, epoch: int, window: int, n: int, shard: int = 0, shards: int = 1) -> Permutations:
+        """The order in which a shard of so many takes the n rows that it has of a window."""
+        return Permutations.of(self.seed, Purpose.WINDOWS, n, (epoch * self.windows + window) * shards + shard)
 
     def find(self, epoch: int, place: int) -> tuple[int, int]:
         """The window in which a place of an epoch lies, and its number within it."""
@@ -112,7 +119,7 @@ class Blocks:
 
 
 class Slot:
-    """The memory of one window: on the device, and where it is filled, which for rows of the host is on the host."""
+    """The memory for one window: on the device, and where it is filled, which for rows of the host is on the host."""
 
     def __init__(self, backend: Backend, source: Source, n: int, dtype: Any) -> None:
         self.device = empty(backend, source, n, dtype)
@@ -121,44 +128,52 @@ class Slot:
         self.reading: Future[None] | None = None
 
 
+class _Window(NamedTuple):
+    """A window of an epoch: its number, its places from start to end, and the ranges of rows that are read of it."""
+
+    epoch: int
+    number: int
+    start: int
+    end: int
+    ranges: list[tuple[int, int]]
+
+
 class Windows:
-    """The windows of a source, one after the other, on the device.
+    """The windows of a source that have rows for `places`, one after the other, on the device: these rows of each.
 
     Rows of files, or of whatever else lives on the host, are read ahead by a thread; generated ones are made in place.
+
+    Attributes:
+        rows: of a window here, at most.
     """
 
-    def __init__(self, backend: Backend, source: Source, blocks: Blocks, dtype: Any) -> None:
+    def __init__(self, backend: Backend, source: Source, blocks: Blocks, places: Places, dtype: Any) -> None:
         self._blocks = blocks
+        self._places = places
+        self.rows = places.most(blocks.window_rows)
         self._backend = backend
         self._source = source
         ahead = source.backend is None and blocks.windows > 1
-        self._slots = [Slot(backend, source, blocks.window_rows, dtype) for _ in range(2 if ahead else 1)]
+        self._slots = [Slot(backend, source, self.rows, dtype) for _ in range(2 if ahead else 1)]
         self._thread = ThreadPoolExecutor(1, "gpu_bp-reader") if ahead else None
-        self._places = backend.zeros((blocks.window_rows,), np.int64)
+        self._order = backend.zeros((self.rows,), np.int64)
 
     def from_place(self, epoch: int, place: int, follows: bool) -> Iterator[tuple[Batch, Array | None]]:
-        """From a place of an epoch to the epoch's end, window by window: its rows that are to come.
+        """From a place of an epoch to the epoch's end: the rows that are taken here one after the other, in runs.
 
-        They are to be taken in their order where there is none with them, else the places (n,) say which first.
-        Each window is valid until the next is asked for. Where the next epoch `follows`, its first window is read
-        ahead too.
+        Those of a run are to be taken in their order where there is none with them, else the places (n,) say which.
+        Each is valid until the next is asked for. Where the next epoch `follows`, its first window is read ahead too.
         """
-        window, skipped = self._blocks.find(epoch, place)
+        window = self._window_at(epoch, place, follows=False)
         try:
-            while window < self._blocks.windows:
-                slot = self._ask_for(epoch, window)
-                if self._thread is not None and (follows or window + 1 < self._blocks.windows):
-                    self._ask_for(*divmod(epoch * self._blocks.windows + window + 1, self._blocks.windows), slot)
+            while window is not None:
+                slot, following = self._ask_for(window), self._window_at(epoch, window.end, follows)
+                if self._thread is not None and following is not None:
+                    self._ask_for(following, slot)
                 self._finish(slot)
                 self._backend.await_uploads()
-                n = sum(rows for _, rows in slot.blocks)
-                if self._blocks.sampling == "ordered":
-                    yield slot.device.part(skipped, n), None
-                else:
-                    places = self._places[:n]
-                    self._backend.permute(self._blocks.within(epoch, window, n), 0, places.reshape(1, -1))
-                    yield slot.device.part(0, n), places[skipped:]
-                window, skipped = window + 1, 0
+                yield from self._runs(slot.device, window, max(place, window.start))
+                window = following if following is not None and following.epoch == epoch else None
         except BaseException:  # GeneratorExit too, where the epoch is left early
             for slot in self._slots:
                 if slot.reading is not None:
@@ -176,9 +191,48 @@ class Windows:
             if slot.reading is not None and slot.reading.done() and slot.reading.exception() is None:
                 self._finish(slot)
 
-    def _ask_for(self, epoch: int, window: int, beside: Slot | None = None) -> Slot:
-        """The slot that has a window, or is reading it; else one, but not `beside`, is given to it."""
-        blocks = self._blocks.blocks(epoch, window)
+    def _window_at(self, epoch: int, place: int, follows: bool) -> _Window | None:
+        """The window of the next row that is taken here, from a place of an epoch on, or in the one that `follows`."""
+        places, taken = self._places, self._places.here(place)
+        if taken == places.here(places.n_rows):
+            if not follows:
+                return None
+            epoch, taken = epoch + 1, 0
+        place = places.place(taken)
+        number, within = self._blocks.find(epoch, place)
+        start, ranges = place - within, self._blocks.blocks(epoch, number)
+        end = start + sum(n for _, n in ranges)
+        if self._blocks.sampling == "ordered":
+            ranges = [(first, last - first) for _, first, last in places.runs(start, end)]
+        else:
+            before = places.before(end, places.shards.start) - places.before(start, places.shards.start)
+            ranges = list(_cut(ranges, before, before + places.here(end) - places.here(start)))
+        return _Window(epoch, number, start, end, ranges)
+
+    def _runs(self, rows: Batch, window: _Window, place: int) -> Iterator[tuple[Batch, Array | None]]:
+        """What is taken of a window from a place of its epoch on; `rows` begin with those of it that were read."""
+        places, (epoch, number, start, end, _) = self._places, window
+        if self._blocks.sampling == "ordered":
+            yield rows.part(places.here(place) - places.here(start), places.here(end) - places.here(start)), None
+            return
+        of_shards: dict[int, tuple[Batch, Array]] = {}
+        at = 0
+        for shard in places.shards:
+            n = places.of_shard(end, shard) - places.of_shard(start, shard)
+            if n:
+                order = self._order[at : at + n]
+                within = self._blocks.within(epoch, number, n, shard, places.sharding.shards)
+                self._backend.permute(within, 0, order.reshape(1, -1))
+                of_shards[shard] = rows.part(at, at + n), order
+            at += n
+        for shard, first, last in places.runs(place, end):
+            held, order = of_shards[shard]
+            taken = places.of_shard(first, shard) - places.of_shard(start, shard)
+            yield held, order[taken : taken + last - first]
+
+    def _ask_for(self, window: _Window, beside: Slot | None = None) -> Slot:
+        """The slot that has what is read of a window, or is reading it; else one, but not `beside`, is given to it."""
+        blocks = window.ranges
         slots = [slot for slot in self._slots if slot is not beside]
         for slot in slots:
             if slot.blocks == blocks:
@@ -226,3 +280,11 @@ class Windows:
         if slot.filled is not slot.device:
             for host, array in zip(slot.filled.arrays, slot.device.arrays, strict=True):
                 self._backend.upload(host, array)
+
+
+def _cut(ranges: Iterable[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Of the rows in these ranges those from start to end."""
+    for first, n in ranges:
+        if max(start, 0) < min(end, n):
+            yield first + max(start, 0), min(end, n) - max(start, 0)
+        start, end = start - n, end - n
