@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gpu_bp.backends import cuda_kernels as kernels
-from gpu_bp.backends import cuda_low, cuda_rows, nccl
+from gpu_bp.backends import cuda_low, cuda_rows
 from gpu_bp.backends.base import Action, Apart, Division, or_unknown
 from gpu_bp.backends.cuda_generator import Generator
 from gpu_bp.backends.cuda_graph import Captures, Recording
@@ -31,6 +31,7 @@ from gpu_bp.backends.cuda_rows import CUDA_NAMES
 from gpu_bp.backends.cuda_scalars import Scalars
 from gpu_bp.backends.cuda_sums import Sums
 from gpu_bp.backends.epilogues import FASTER, Faster
+from gpu_bp.backends.nccl import ByNccl, why_not_nccl
 from gpu_bp.exchange import Exchange, ThroughHost
 from gpu_bp.formula import Program
 from gpu_bp.precision import PRECISIONS, dotted
@@ -144,8 +145,8 @@ class CupyBackend(RecordKernels, Apart):
         cupy.cuda.get_current_stream().synchronize()
 
     def exchange(self, ranks: Ranks) -> Exchange:
-        why_not = nccl.why_not(ranks)
-        return ThroughHost(ranks, self.to_host, self.to_device, why_not) if why_not else nccl.ByNccl(ranks)
+        why_not = why_not_nccl(ranks)
+        return ThroughHost(ranks, self.to_host, self.to_device, why_not) if why_not else ByNccl(ranks)
 
     def record(self, run: Action, worker: int = 0) -> Action:
         if not self._graphs:

@@ -36,7 +36,7 @@ def nccl() -> Any:
     return nccl
 
 
-def why_not(ranks: Ranks) -> str:
+def why_not_nccl(ranks: Ranks) -> str:
     """Why NCCL cannot be between these ranks, the same on all; "" where it can."""
     device = cupy.cuda.Device()
     uuid = cupy.cuda.runtime.getDeviceProperties(device.id).get("uuid")
