@@ -8,32 +8,19 @@ them all; the stream is joined to whichever asks, by events.
 
 from __future__ import annotations
 
-import functools
 import os
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from gpu_bp.backends import cuda_kernels as kernels
-from gpu_bp.backends.cuda_launch import cupy, launch
+from gpu_bp.backends.cuda_launch import cupy, launch, nccl
 from gpu_bp.ranks import Ranks
 from gpu_bp.spec import Array
 from gpu_bp.tree_sum import SMALL, halving
 
 PIECE = 2**26  # bytes that are summed at a time: scratch is for half of them
 INSTALL = "pip install nvidia-nccl-cu13, or nvidia-nccl-cu12 with cupy-cuda12x"
-
-
-@functools.cache
-def nccl() -> Any:
-    """The module cupy.cuda.nccl. Late, because to import it loads the library, or warns that there is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from cupy.cuda import nccl
-
-    return nccl
 
 
 def why_not_nccl(ranks: Ranks) -> str:

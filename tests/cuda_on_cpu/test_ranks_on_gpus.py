@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from trainings import Moments, moments, tables, write_data
 
+from benchmarks import ranks
+from benchmarks.peers.cells import Cell
 from cuda_on_cpu.backend import cupy_backend_module
 from cuda_on_cpu.device import Capture, Wait
 from cuda_on_cpu.fake_cupy import FakeCupy
@@ -189,6 +191,18 @@ def test_sums_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch, alone: list
         monkeypatch.setattr(module.ByNccl, "end", lambda self: None)
     states = job.run(steps)
     assert any(a.tobytes() != b.tobytes() for state in states for a, b in zip(state, alone, strict=True))
+
+
+def test_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ways give the same bits, and one that does not is seen."""
+    monkeypatch.setattr(ranks, "CELL", Cell(2, 8, 13, "tanh", "adam", "squared_error"))
+    backend = Job(1).modules[0].CupyBackend()
+    for fault in (False, True):
+        if fault:
+            monkeypatch.setattr(type(backend.exchange(Alone())), "begin", lambda self, arrays: arrays[0].fill(0))
+        one, two, three = ranks.run(backend, Path("no/mpiexec"))
+        assert (one.passed, two.passed, two.by, three.digest) == (True, not fault, "by NCCL 2.27.7", None)
+    assert "does not pass" in ranks.table([one, two, three])
 
 
 # Which way is taken ------------------------------------------------------------------------------------------------
