@@ -15,6 +15,8 @@ import numpy as np
 
 from gpu_bp.backends import cuda_kernels as kernels
 from gpu_bp.backends.cuda_launch import cupy, launch, nccl
+from gpu_bp.backends.cuda_products import first_line
+from gpu_bp.errors import UserError
 from gpu_bp.ranks import Ranks
 from gpu_bp.spec import Array
 from gpu_bp.tree_sum import SMALL, halving
@@ -46,14 +48,24 @@ def _lacks() -> str:
 
 
 class ByNccl:
-    """An `Exchange` between the devices of the ranks; all of them have to make one."""
+    """An `Exchange` between the devices of the ranks; all of them have to make one.
+
+    Raises:
+        UserError: NCCL cannot connect them.
+    """
 
     beside = True
 
     def __init__(self, ranks: Ranks) -> None:
         ranks.wait_on_devices()
-        number = ranks.broadcast(nccl().get_unique_id())
-        self._communicator = nccl().NcclCommunicator(ranks.size, number, ranks.rank)
+        try:
+            number = ranks.broadcast(nccl().get_unique_id())
+            self._communicator = nccl().NcclCommunicator(ranks.size, number, ranks.rank)
+        except RuntimeError as error:
+            raise UserError(
+                f"NCCL cannot connect the GPUs: {first_line(error)}; NCCL_DEBUG=INFO says more, and GPU_BP_NCCL=0 does "
+                "without, through the host's memory"
+            ) from None
         self._rank, self._size = ranks.rank, ranks.size
         self._types = {"float32": nccl().NCCL_FLOAT32, "float64": nccl().NCCL_FLOAT64}
         self._stream = cupy.cuda.Stream(non_blocking=True)

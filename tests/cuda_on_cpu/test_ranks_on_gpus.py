@@ -16,9 +16,10 @@ from benchmarks.peers.cells import Cell
 from cuda_on_cpu.backend import cupy_backend_module
 from cuda_on_cpu.device import Capture, Wait
 from cuda_on_cpu.fake_cupy import FakeCupy
+from cuda_on_cpu.fake_nccl import FakeNccl, NcclError
 from cuda_on_cpu.on_threads import Job, ThreadRanks
 from cuda_on_cpu.steps import assert_same_bits, state_of
-from gpu_bp import Batch, Network, Objective, Optimizer, Sharding, Step, Trainer, parse_config, registry
+from gpu_bp import Batch, Network, Objective, Optimizer, Sharding, Step, Trainer, UserError, parse_config, registry
 from gpu_bp.exchange import Exchange, ThroughHost
 from gpu_bp.network import layout_of
 from gpu_bp.ranks import Alone
@@ -231,6 +232,15 @@ def test_nccl_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     for exchange in Job(2).run(lambda backend, ranks: backend.exchange(ranks)):
         assert isinstance(exchange, ThroughHost)
         assert exchange.by == "through the host's memory, since GPU_BP_NCCL=0 on rank 0"
+
+
+def test_nccl_does_not_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Any, *arguments: Any) -> None:
+        raise NcclError("NCCL_ERROR_INVALID_USAGE: invalid usage\nmore")
+
+    monkeypatch.setattr(FakeNccl, "NcclCommunicator", refused)
+    with pytest.raises(UserError, match="cannot connect the GPUs: NCCL_ERROR_INVALID_USAGE: invalid usage; .*NCCL=0"):
+        Job(2).run(lambda backend, ranks: backend.exchange(ranks))
 
 
 def test_a_gpu_for_each_rank_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
