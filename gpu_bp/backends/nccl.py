@@ -58,8 +58,8 @@ class ByNccl:
 
     def __init__(self, ranks: Ranks) -> None:
         ranks.wait_on_devices()
+        number = ranks.broadcast(nccl().get_unique_id())
         try:
-            number = ranks.broadcast(nccl().get_unique_id())
             self._communicator = nccl().NcclCommunicator(ranks.size, number, ranks.rank)
         except RuntimeError as error:
             raise UserError(
