@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.data import Ratio, table
+from benchmarks.options import backend_for
 from benchmarks.peers.cells import Cell
 from benchmarks.peers.ours import Ours
 from benchmarks.rounds import each_round
-from gpu_bp import Step, select
+from gpu_bp import Step
 from gpu_bp.backends import Backend
 from gpu_bp.ranks import join
 from gpu_bp.sharding import Sharding
@@ -66,13 +67,21 @@ def tree_sum(mpiexec: Path = MPIEXEC, size: int = BYTES) -> Ratio:
     what = f"the sum of {size >> 20} MiB over {RANKS} ranks in a tree, of MPI's"
     if find_spec("mpi4py") is None or not mpiexec.exists():
         return Ratio(what, None, 1.2, note="no mpi4py, or no MPI beside it")
+    library, pairs = told_by_ranks(mpiexec, ["benchmarks.distributed", "--on-ranks", size])
+    return ratio(f"{what}: {library}", pairs, 1.2)
+
+
+def told_by_ranks(mpiexec: Path, words: list[object]) -> Any:
+    """What a module with these arguments prints on several ranks, as JSON.
+
+    Raises:
+        subprocess.CalledProcessError: it fails.
+    """
     # Open MPI asks twice whether root may
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    program = [mpiexec.parent / "python", "-m", "benchmarks.distributed", "--on-ranks", size]
-    ranks = [str(word) for word in (mpiexec, "-n", RANKS, *program)]
+    ranks = [str(word) for word in (mpiexec, "-n", RANKS, mpiexec.parent / "python", "-m", *words)]
     done = subprocess.run(ranks, env={**os.environ, **root}, stdout=subprocess.PIPE, text=True, check=True)
-    library, pairs = json.loads(done.stdout)
-    return ratio(f"{what}: {library}", pairs, 1.2)
+    return json.loads(done.stdout)
 
 
 def on_ranks(size: int) -> None:
@@ -110,9 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.on_ranks:
         on_ranks(options.on_ranks)
         return
-    backend, why = select(options.backend)
-    print(why)
-    ratios = [sharded(backend), tree_sum(options.mpiexec)]
+    ratios = [sharded(backend_for(parser, options.backend)), tree_sum(options.mpiexec)]
     print(table(ratios))
     if options.json:
         report: list[dict[str, Any]] = [asdict(each) | {"passed": each.passed} for each in ratios]

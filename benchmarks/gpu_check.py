@@ -5,8 +5,9 @@
 1. the first 500 steps of every config on the device and on NumPy: the loss curves must agree;
 2. its first 100 steps replayed from a CUDA graph and asked for one by one: all bits must be the same;
 3. trainings in which cublasLt does biases and activations in one with the products: the losses must agree;
-4. the benchmarks that exist;
-5. the test suite on the device, but for what needs none (experiments, packaging, kernels on the CPU), in the time
+4. a step in shards by one rank, through a communicator of NCCL, and by two ranks: all bits must be the same;
+5. the benchmarks that exist;
+6. the test suite on the device, but for what needs none (experiments, packaging, kernels on the CPU), in the time
    that is left of 8 minutes.
 
 It needs no network, and writes `report.json` and `README.md` into benchmarks/results/DEVICE-DATE/, also where a part
@@ -31,7 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks import curves, data, epilogues, graphs, step
+from benchmarks import curves, data, epilogues, graphs, ranks, step
 from gpu_bp import UserError, select
 from gpu_bp.backends import Backend, NumpyBackend
 
@@ -120,6 +121,8 @@ def page(report: dict[str, Any]) -> str:
     lines += ["", "## Steps replayed from a CUDA graph, against steps one by one", "", graphs.table(replayed), ""]
     agreed = [epilogues.Agreement(**{k: a[k] for k in a if k != "passed"}) for a in report["epilogues"]]
     lines += ["## Biases and activations in one with their products", "", epilogues.agreement_table(agreed), ""]
+    ways = [ranks.Way(**{k: w[k] for k in w if k != "passed"}) for w in report["ranks"]]
+    lines += ["## Steps in shards, by several ranks", "", ranks.table(ways), ""]
     floors = [step.Floor(**floor) for floor in report["steps"]]
     lines += ["", "## A step against its bare products", "", step.table(floors), ""]
     ratios = [data.Ratio(**ratio) for ratio in report["data"]]
@@ -144,6 +147,7 @@ def check(backend: Backend, *, curve_steps: int, only_curves: bool) -> dict[str,
             print(f"{config.stem}, {precision}: {comparisons[-1].difference} {comparisons[-1].reason}", flush=True)
     replayed = graphs.run(backend, min(graphs.STEPS, curve_steps))
     agreed = epilogues.run(backend, min(epilogues.STEPS, 2 * curve_steps))
+    ways = ranks.run(backend)
     floors, ratios, trouble, tests = [], [], "", _counted({}, "")
     if not only_curves:
         try:
@@ -158,6 +162,7 @@ def check(backend: Backend, *, curve_steps: int, only_curves: bool) -> dict[str,
         "curves": [asdict(c) | {"passed": c.passed} for c in comparisons],
         "graphs": [asdict(c) | {"passed": c.passed} for c in replayed],
         "epilogues": [asdict(a) | {"passed": a.passed} for a in agreed],
+        "ranks": [asdict(way) | {"passed": way.passed} for way in ways],
         "steps": [asdict(floor) for floor in floors],
         "data": [asdict(ratio) for ratio in ratios],
         "trouble": trouble,
@@ -192,7 +197,8 @@ def main(arguments: list[str] | None = None) -> int:
     write(report, folder)
     tests = report["tests"]
     passed = (
-        all(c["passed"] for c in (*report["curves"], *report["graphs"], *report["epilogues"])) and not report["trouble"]
+        all(c["passed"] for kind in ("curves", "graphs", "epilogues", "ranks") for c in report[kind])
+        and not report["trouble"]
     )
     passed = passed and (options.only_curves or (tests["passed"] > 0 == tests["failed"] and not tests["trouble"]))
     print(f"{'all passed' if passed else 'not all passed'} in {time.monotonic() - begin:.0f} s: {folder / 'README.md'}")

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 WORK, END = 1, 2  # tags
 PATIENCE = 600.0  # seconds that a rank with an error waits for one that may be saving its network
+ON_DEVICES = 5.0  # and for one that may wait for it on a device, which nobody sees
 READ = 0.2  # seconds that a launcher has to read what was written, which otherwise may be lost in an abort
 POLL = 0.01
 INTERRUPTED = (130, 143)
@@ -64,6 +65,7 @@ class Mpi:
         machine = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank: int = machine.rank
         self.local_size: int = machine.size
+        self._on_devices = False
         self.sum_tree = TreeSum(self._comm, WORK)
         self._partners = [level.partner for level in halving(0, self.rank, self.size)]
         machine.Barrier()
@@ -89,6 +91,9 @@ class Mpi:
 
     def barrier(self) -> None:
         self.all_gather(None)
+
+    def wait_on_devices(self) -> None:
+        self._on_devices = True
 
     def abort(self, line: str, status: int) -> NoReturn:
         write_line(f"error: rank {self.rank}: {line}")
@@ -128,10 +133,11 @@ class Mpi:
     def _end(self, own: _Outcome) -> list[_Outcome]:
         """What came of each rank, once all have ended; none where another goes on."""
         comm, outcomes, begin = self._comm, {self.rank: own}, time.monotonic()
+        patience = ON_DEVICES if self._on_devices else PATIENCE
         for partner in self._partners:
             sent = comm.isend(outcomes, partner, END)
             while not comm.iprobe(partner, END):
-                late = own.status and time.monotonic() - begin > PATIENCE
+                late = own.status and time.monotonic() - begin > patience
                 if late or comm.iprobe(MPI.ANY_SOURCE, WORK):
                     return []
                 time.sleep(POLL)  # and not spinning: rank 0 may have pictures to draw

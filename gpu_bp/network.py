@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -305,11 +305,17 @@ class Network:
         return y
 
     def backward(
-        self, inputs: Array, signals: Sequence[Signals], gradients: Sequence[Layer], draw: Draw | None = None
+        self,
+        inputs: Array,
+        signals: Sequence[Signals],
+        gradients: Sequence[Layer],
+        draw: Draw | None = None,
+        done: Callable[[int], None] = lambda layer: None,
     ) -> None:
         """The error signal, from the output layer's delta back, and with it the gradient of the sum over the rows.
 
-        `gradients` are layers whose weights, biases and gains receive dE/dW, dE/db and dE/dgains.
+        `gradients` are layers whose weights, biases and gains receive dE/dW, dE/db and dE/dgains; those of a layer are
+        `done` before the error goes on to the layer below.
         """
         backend = self.backend
         for k in reversed(range(len(self.layers))):
@@ -327,6 +333,7 @@ class Network:
             y_prev = signals[k - 1].output if k else signal.rounded_inputs if self._rounds else inputs
             # dE/dW = Delta.T Y_prev, dE/db = column sums of Delta
             backend.dense_gradients(delta, y_prev, gradient.weights, biases, arithmetic=self._arithmetic)
+            done(k)
             if k:
                 below, phi = signals[k - 1], self.layers[k - 1].activation
                 assert isinstance(phi, Activation)

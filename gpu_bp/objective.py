@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -178,13 +178,15 @@ class Objective:
             backend.multiply(last.delta, self.loss_scale)
         return last.output
 
-    def backward_at(self, batch: Batch, steps: Array, *, add: bool) -> None:
-        """As `backward`; the gradient is added to what is there, or takes its place."""
+    def backward_at(
+        self, batch: Batch, steps: Array, *, add: bool, done: Callable[[int], None] = lambda layer: None
+    ) -> None:
+        """As `backward`; the gradient is added to what is there, or takes its place; then each layer is `done`."""
         draw = self._draw(batch, steps)
         inputs = self._noisy_inputs[: batch.n] if draw is not None and draw.noise.on_inputs else batch.inputs
         signals = self._part(batch.n)[0]
         if not add:
-            self.network.backward(inputs, signals, self._gradient_layers, draw)
+            self.network.backward(inputs, signals, self._gradient_layers, draw, done)
             return
         if self._added is None:
             flat = self.network.backend.zeros(self.gradients.shape, self.network.dtype)

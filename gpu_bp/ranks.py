@@ -59,6 +59,10 @@ class Ranks(Protocol):
         """Waits for all ranks."""
         ...
 
+    def wait_on_devices(self) -> None:
+        """From here on ranks may wait for each other unseen: one that fails will not wait long for the others."""
+        ...
+
     def abort(self, line: str, status: int) -> NoReturn:
         """Ends all ranks at once, with this line and exit status."""
         ...
@@ -85,6 +89,9 @@ class Alone:
         return [value]
 
     def barrier(self) -> None:
+        pass
+
+    def wait_on_devices(self) -> None:
         pass
 
     def abort(self, line: str, status: int) -> NoReturn:

@@ -85,7 +85,7 @@ def train(
     """
     begun = time.monotonic()
     config, ranks = _config(config), ranks or Alone()
-    backend = _backend(backend)
+    backend = _backend(backend, ranks.local_rank)
     refuse_another_config(config, ranks)
     limit, enough = config.train.max_minutes, False
 
@@ -112,6 +112,8 @@ def train(
             resuming = Resuming(RunFolder(path), config, allow_change)
         trainer = Trainer(config, backend, _dataset(config, sources, backend), ranks)
         log.info(trainer.where_data)
+        if trainer.exchange:
+            log.info(f"gradients are summed {trainer.exchange.by}")
         described = {
             "config": plain(config),
             "environment": environment(backend),
@@ -362,10 +364,10 @@ def _config(config: Config | Mapping[str, Any] | str | Path) -> Config:
     raise TypeError(f"config must be a Config, nested tables or a path, not {type(config).__name__}")
 
 
-def _backend(backend: str | Backend) -> Backend:
+def _backend(backend: str | Backend, local_rank: int = 0) -> Backend:
     """A backend by name; which one `auto` took, and why, is logged."""
     if not isinstance(backend, str):
         return backend
-    chosen, why = select(backend)
+    chosen, why = select(backend, local_rank)
     log.info(why)
     return chosen

@@ -9,10 +9,15 @@ from typing import NamedTuple
 
 from gpu_bp.backends.base import Action
 from gpu_bp.data.source import Batch
+from gpu_bp.exchange import Exchange
+from gpu_bp.network import Layout
 from gpu_bp.objective import Objective
 from gpu_bp.sharding import Operation, Sharding
 from gpu_bp.share import Share
 from gpu_bp.spec import Array
+
+# Numbers of a gradient that go to the other ranks at a time, at least: each message costs its latency.
+TOGETHER = 2**18
 
 
 class ShardedGradient:
@@ -21,7 +26,8 @@ class ShardedGradient:
     Args:
         objective: whose gradient and sums they become. steps: see `Share`.
         record: keeps what is done again and again under a key, for a worker; see `Backend.record`.
-        across: makes arrays the sums over all processes, in the order of the tree; None where this one is alone.
+        exchange: makes arrays the sums over all ranks; None where this one is alone. Where it works beside what else is
+            asked of the device, a layer's gradient is on its way while those of the layers below are computed.
 
     Attributes:
         part_rows: -1, since a batch of any size is cut, also one of no rows. objective: what works on a leaf.
@@ -36,7 +42,7 @@ class ShardedGradient:
         steps: Array,
         sharding: Sharding,
         record: Callable[[tuple[object, ...], Action, int], Action],
-        across: Callable[[Sequence[Array]], None] | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self._whole = objective
         self._backend = objective.network.backend
@@ -46,7 +52,9 @@ class ShardedGradient:
         self._sharding = sharding
         self._steps = steps
         self._record = record
-        self._across = across
+        self._exchange = exchange
+        network = objective.network
+        self._ready = ready(network.layout, len(network.layers), TOGETHER)
         self._slots: list[list[Share]] = []  # of each worker
         self._plans: dict[tuple[object, ...], list[list[_Work]]] = {}
         # of a step in several batches: its rows, and what is still to be done
@@ -60,25 +68,55 @@ class ShardedGradient:
         Raises:
             ValueError: a batch that does not follow the one before, or does not end where a leaf does.
         """
+        self.sums(batch)
+        if batch.last:
+            self.across(batch)
+            self.end(batch)
+            self.count(batch)
+
+    def whole(self, batch: Batch) -> bool:
+        """Whether it has all rows of its step that are worked on here."""
+        return batch.last and (batch.place, batch.place + batch.n) == self._sharding.rows(batch.step_rows)
+
+    # The stages of it: all but `across` where the host has a part in it, and `count`, can be recorded together.
+
+    def sums(self, batch: Batch) -> None:
+        """Those of the rows of a batch, and if it is the last one, of all of the step that are worked on here."""
         if batch.place == self._sharding.rows(batch.step_rows)[0] and self._next is not None:
             self.forget()  # the step before was not finished
         plan, weighted = self._plan(batch), self._whole.weighs(batch)
         self._backend.together([partial(_do, works, batch) for works in plan], alike=True)
-        if batch.last:
-            workers = len(plan)
-            self._record(("sum of workers", workers, weighted), partial(self._sum_of_workers, workers, weighted), 0)()
-            if self._across is not None:
-                root = self._slots[0][0]
-                weights = [root.weight, root.objective.weight] if weighted else []
-                self._across([root.objective.gradients, root.objective.total, *weights])
-            self._record(("end", weighted), partial(self._end, weighted), 0)()
-            self._whole.count(batch, batch.step_rows)
-            self.used = 1
+        if batch.last and len(plan) > 1:
+            key = "sum of workers", len(plan), weighted
+            self._record(key, partial(self._sum_of_workers, len(plan), weighted), 0)()
+
+    @property
+    def by_host(self) -> bool:
+        """Whether the host has a part in what is done `across` ranks."""
+        return self._exchange is not None and not self._exchange.beside
+
+    def across(self, batch: Batch) -> None:
+        """Those become the sums over all ranks, where they are not yet."""
+        if self._exchange is not None and not self._exchange.beside:
+            self._exchange.begin([self._slots[0][0].objective.gradients, *self._totals(self._whole.weighs(batch))])
+            self._exchange.end()
+
+    def end(self, batch: Batch) -> None:
+        """They are the objective's, and those of its share."""
+        weighted = self._whole.weighs(batch)
+        self._record(("end", weighted), partial(self._end, weighted), 0)()
+
+    def count(self, batch: Batch) -> None:
+        """Takes note of a step."""
+        self._whole.count(batch, batch.step_rows)
+        self.used = 1
+
+    # What is done with a batch
 
     def _plan(self, batch: Batch) -> list[list[_Work]]:
         """What each worker does with a batch."""
         n = batch.step_rows
-        if not batch.last or (batch.place, batch.place + batch.n) != self._sharding.rows(n):
+        if not self.whole(batch):
             return [self._part(batch)]
         workers = self._workers(batch.n)
         key = n, workers, *batch.kind
@@ -86,7 +124,7 @@ class ShardedGradient:
             count = self._sharding.count // workers
             starts = [self._sharding.first + worker * count for worker in range(workers)]
             self._plans[key] = [
-                [self._work(each, batch, worker) for each in self._sharding.operations(n, first, count)]
+                self._works(list(self._sharding.operations(n, first, count)), batch, worker)
                 for worker, first in enumerate(starts)
             ]
         return self._plans[key]
@@ -112,7 +150,74 @@ class ShardedGradient:
                 f"rows {batch.place} to {end} of a step of {n} in {sharding.shards} shards; cut it as Sharding.leaves "
                 "does, and say rows_in_step"
             )
-        return works
+        return [*works, self._sent(batch)] if batch.last and self._sends else works
+
+    @property
+    def _sends(self) -> bool:
+        """Whether sums are on their way to other ranks while others are computed; by a single worker then."""
+        return self._exchange is not None and self._exchange.beside
+
+    def _works(self, operations: list[Operation], batch: Batch, worker: int) -> list[_Work]:
+        """What a worker does, the operations being all of its own."""
+        if not self._sends:
+            return [self._work(each, batch, worker) for each in operations]
+        leaves = [k for k, each in enumerate(operations) if not each.add]
+        last = operations[leaves[-1]]
+        if last.start == last.end:
+            return [*(self._work(each, batch, 0) for each in operations), self._sent(batch)]
+        # what is added to it is added layer by layer
+        return [*(self._work(each, batch, 0) for each in operations[: leaves[-1]]), self._sent(batch, last)]
+
+    def _sent(self, batch: Batch, leaf: Operation | None = None) -> _Work:
+        """The sums of the first slot, with those of the last leaf if one is given, become those of all ranks."""
+        weighted = self._whole.weighs(batch)
+        if leaf is None:
+            slots, end = self._slots_of(0, 1)[:1], batch.place + batch.n
+            return _Work(end, end, self._record(("send", weighted), partial(self._send, slots, weighted), 0))
+        slots, rows = self._slots_of(0, leaf.slot + 1)[: leaf.slot + 1], self._rows_of(leaf, batch, 0)
+        key = "last leaf", leaf.slot, rows.n, rows.place, *batch.kind, weighted
+        run = partial(self._send, slots, weighted, rows)
+        return _Work(leaf.start, leaf.end, self._record(key, run, 0), slots[0])
+
+    def _send(self, slots: Sequence[Share], weighted: bool, rows: Batch | None = None) -> None:
+        """Puts the gradient of some rows into the last slot, adds it to the one before, and so on, and the first one to
+        those of the other ranks: layer by layer, each as soon as it is there. Likewise the other sums.
+
+        The messages are the same on all ranks, whether they have rows or not.
+        """
+        exchange, backend = self._exchange, self._backend
+        assert exchange is not None
+        pairs = list(zip(slots[-2::-1], slots[:0:-1], strict=True))
+
+        def done(layer: int) -> None:
+            for part in self._ready[layer]:
+                for share, other in pairs:
+                    own = share.objective.gradients[part]
+                    backend.add(own, other.objective.gradients[part], own)
+                exchange.begin([slots[0].objective.gradients[part]])
+
+        if rows is None:
+            for layer in reversed(range(len(self._ready))):
+                done(layer)
+        else:
+            slots[-1].gradient(rows, add=False, done=done)
+        for share, other in pairs:
+            share.add_totals(other, weighted)
+        exchange.begin(self._totals(weighted))
+        exchange.end()
+
+    def _totals(self, weighted: bool) -> list[Array]:
+        """The sums of the first slot beside its gradient."""
+        share = self._slots[0][0]
+        return [share.objective.total, *([share.weight, share.objective.weight] if weighted else [])]
+
+    def _rows_of(self, leaf: Operation, batch: Batch, worker: int) -> Batch:
+        """The worker's own arrays for the rows of a leaf, with their place if that matters.
+
+        A leaf is not worked on where it lies: at other addresses a library may choose another way to multiply.
+        """
+        rows = self._slots_of(worker, 1)[0].part(batch, leaf.end - leaf.start)
+        return replace(rows, place=leaf.start if self._whole.noise is not None else 0)
 
     def _work(self, operation: Operation, batch: Batch, worker: int) -> _Work:
         at, start, end, add = operation
@@ -124,10 +229,9 @@ class ShardedGradient:
             return _Work(start, end, self._record(key, partial(slot.add, other, weighted), worker))
         if start == end:
             return _Work(start, end, self._record(("none", worker, at), slot.clear, worker))
-        rows = slots[0].part(batch, end - start)
-        place = start if self._whole.noise is not None else 0
-        run = partial(slot.gradient, replace(rows, place=place), add=False)
-        key = "leaf", worker, at, rows.n, place, *batch.kind
+        rows = self._rows_of(operation, batch, worker)
+        run = partial(slot.gradient, rows, add=False)
+        key = "leaf", worker, at, rows.n, rows.place, *batch.kind
         return _Work(start, end, self._record(key, run, worker), slots[0])
 
     def _slots_of(self, worker: int, count: int) -> list[Share]:
@@ -187,3 +291,20 @@ def _do(works: Sequence[_Work], batch: Batch) -> None:
         if share is not None:
             share.take(batch, start - batch.place, end - batch.place)
         action()
+
+
+def ready(layout: Layout, layers: int, at_least: int) -> list[list[slice]]:
+    """What of a flat gradient may be on its way once that of a layer is there, and those above: for each layer.
+
+    Ranges of so many numbers at least, but for the first layer's, with which all the rest goes.
+    """
+    found: list[list[slice]] = [[] for _ in range(layers)]
+    end = layout.n_weights
+    for layer in reversed(range(layers)):
+        start = layout.offsets[f"layers.{layer}.weights"] if layer else 0
+        if end - start >= at_least or not layer:
+            found[layer].append(slice(start, end))
+            end = start
+    if layout.size > layout.n_weights:  # biases and gains of all
+        found[0].append(slice(layout.n_weights, layout.size))
+    return found

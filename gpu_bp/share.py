@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -50,15 +51,18 @@ class Share:
             copy(array[start:end], to)
         return own
 
-    def gradient(self, batch: Batch, *, add: bool) -> None:
-        """The gradient of a batch, added to that of the step so far, or the first of it; and its loss, added."""
+    def gradient(self, batch: Batch, *, add: bool, done: Callable[[int], None] = lambda layer: None) -> None:
+        """The gradient of a batch, added to that of the step so far, or the first of it; and its loss, added.
+
+        One that is the first of it is said to be `done` layer by layer, from the last one down.
+        """
         objective, backend = self.objective, self.objective.network.backend
         objective.forward_at(batch, self._steps)
         if objective.last_weights is not None:
             if not add:
                 backend.fill(self.weight, 0)
             backend.accumulate(objective.last_weights, self.weight)
-        objective.backward_at(batch, self._steps, add=add)
+        objective.backward_at(batch, self._steps, add=add, done=done)
 
     def add_totals(self, other: Share, weighted: bool) -> None:
         """Adds another's sums, but for the gradient, to these; its sums of losses begin anew."""

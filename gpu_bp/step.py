@@ -9,7 +9,7 @@ recorded when it is asked for the first time, and from then on only run (`Backen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +18,7 @@ import numpy as np
 from gpu_bp.average import Average
 from gpu_bp.backends.base import Action
 from gpu_bp.data.source import Batch
+from gpu_bp.exchange import Exchange
 from gpu_bp.gradient_in_parts import GradientInParts
 from gpu_bp.loss_scaling import LossScaling
 from gpu_bp.network import ALIGNMENT
@@ -51,7 +52,7 @@ class Step:
         average: a moving average of the parameters that each step brings up to date.
         watch: False leaves out the look at what is finite; not in float16.
         sharding: how a step is split into shards, that its bits depend on nothing else; else its gradient is summed by
-            as many workers as there are. across: see `ShardedGradient`, where several processes share a step.
+            as many workers as there are. exchange: between several ranks that share a step; see `ShardedGradient`.
 
     Attributes:
         flag: (1,) int64 on the device, -1 until a step goes wrong, then its number, the first step being 1; None
@@ -68,7 +69,7 @@ class Step:
         average: Average | None = None,
         watch: bool = True,
         sharding: Sharding | None = None,
-        across: Callable[[Sequence[Array]], None] | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         network, backend = objective.network, objective.network.backend
         self.objective = objective
@@ -90,7 +91,7 @@ class Step:
         if sharding is None:
             self._gradient = GradientInParts(objective, self._steps, self._record)
         else:
-            self._gradient = ShardedGradient(objective, self._steps, sharding, self._record, across)
+            self._gradient = ShardedGradient(objective, self._steps, sharding, self._record, exchange)
         self._rows = 0  # of the step so far
         self._recorded: dict[tuple[object, ...], Action] = {}
         self._places: dict[tuple[int | None, ...], Batch] = {}
@@ -121,6 +122,8 @@ class Step:
             elif len(batch.inputs) <= self._gradient.part_rows:
                 self._at_one_go(batch, place)
                 objective.count(batch)
+            elif isinstance(self._gradient, ShardedGradient) and self._is_whole(self._gradient, batch, place):
+                self._in_shards(self._gradient, batch, place)
             else:
                 self._gradient(batch)
                 if batch.last:
@@ -211,6 +214,35 @@ class Step:
             self._whole[place, *self._kind_of_average()] = action
         action()
         self._gradient.used = max(1, used)
+
+    def _is_whole(self, gradient: ShardedGradient, batch: Batch, place: tuple[int | None, ...]) -> bool:
+        """Whether a step can be recorded whole: its batch has all rows that are worked on here, and stays there."""
+        if self._backend.steps_at_once == 1 or not gradient.whole(batch):
+            return False
+        if place not in self._places and len(self._places) < PLACES:
+            self._places[place] = batch
+        return place in self._places
+
+    def _in_shards(self, gradient: ShardedGradient, batch: Batch, place: tuple[int | None, ...]) -> None:
+        """A whole step in one recording; or in two, where the host has a part in what is between."""
+        gradient.used = 1
+        key = place, batch.n, batch.step_rows, batch.place, *batch.kind, self._kind_of_update(batch, 1)
+
+        def end() -> None:
+            gradient.end(batch)
+            self._update(batch)
+
+        def step() -> None:
+            gradient.sums(batch)
+            end()
+
+        if gradient.by_host:
+            self._record(("sums", *key), partial(gradient.sums, batch))()
+            gradient.across(batch)
+            self._record(("end", *key), end)()
+        else:
+            self._record(("in shards", *key), step)()
+        gradient.count(batch)
 
     def _record(self, key: tuple[object, ...], run: Action, worker: int = 0) -> Action:
         """What was recorded under that key; if nothing was, what `run` does."""

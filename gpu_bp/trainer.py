@@ -6,7 +6,7 @@ source -> batches -> step: forward -> output delta -> backward -> update -> metr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any
 
@@ -29,7 +29,6 @@ from gpu_bp.optimizer import Optimizer
 from gpu_bp.ranks import Alone, Ranks
 from gpu_bp.schedule import Schedule
 from gpu_bp.selection import Selection
-from gpu_bp.spec import Array
 from gpu_bp.step import Step
 
 
@@ -44,6 +43,7 @@ class Trainer:
             epoch_step: of the next step, both from 0.
         stopped: why it ended before its length ("" where it did not); paused: it is not at its end, and can go on.
         rewinds: how often it went back after a divergence.
+        exchange: what sums over the ranks; None where this is the only one.
         average: the moving average of the parameters, and selection: the best of them; None where not asked for.
     """
 
@@ -61,6 +61,7 @@ class Trainer:
         sources, self.where_data = settle(backend, dataset.sources, config.data.residency, network.dtype)
         self._sharding = build_sharding(config, network, sources["train"], ranks)
         self._evaluators = evaluators(network, loss, sources, config, ranks)
+        self.exchange = backend.exchange(ranks) if ranks.size > 1 else None
         self.batches = build_batches(config, sources["train"], backend, network.dtype, self._sharding)
         per_epoch = self.batches.per_epoch
         self.total_steps = train.total_steps(per_epoch)
@@ -108,19 +109,8 @@ class Trainer:
             max_norm=asked.max_norm,
             average=self.average,
             sharding=self._sharding,
-            across=self._across if self._ranks.size > 1 else None,
+            exchange=self.exchange,
         )
-
-    def _across(self, arrays: Sequence[Array]) -> None:
-        """Makes arrays of the backend's the sums over all ranks."""
-        backend = self.model.network.backend
-        for array in arrays:
-            if isinstance(array, np.ndarray):
-                self._ranks.sum_tree(array)
-                continue
-            host = backend.to_host(array)
-            self._ranks.sum_tree(host)
-            array[...] = backend.to_device(host)
 
     def _agreed(self, reason: str) -> str:
         """The reason to pause that any of the ranks has, the same on all of them."""
@@ -175,7 +165,7 @@ class Trainer:
         """
         optimizer, read_every = self.step.optimizer, self.model.network.backend.read_every
         free = self._free if together else lambda: 1
-        begin = time.perf_counter() - self.seconds
+        begin, asked = time.perf_counter() - self.seconds, ""
         if self.paused:
             self.stopped, self.paused = "", False
         # where a training diverges it is told why; NumPy's warnings would only come before it
@@ -192,8 +182,11 @@ class Trainer:
                     self.steps += batch.steps
                     self.go_to(epoch, self.epoch_step + batch.steps)
                     last, due = self.steps == self.total_steps, self.steps % self._log_every == 0
-                    reason = self._agreed(stop())
-                    if last or due or reason or self.steps // read_every > before // read_every:
+                    look = last or due or self.steps // read_every > before // read_every
+                    asked = asked or stop()
+                    # several ranks tell each other when they wait for the device anyway
+                    reason = self._agreed(asked) if look or self._ranks.size == 1 else ""
+                    if look or reason:
                         bad = self.step.diverged()  # waits for the device
                         if bad is not None:
                             break

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 from conftest import ROOT
 
-from benchmarks import checkpoint, data, rounds, soak, step
+from benchmarks import checkpoint, data, distributed, ranks, rounds, soak, step
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers.cells import Cell
 from gpu_bp.backends import Backend
@@ -115,7 +115,7 @@ def test_soak_command(capsys: pytest.CaptureFixture[str]) -> None:
         (soak, ["99"], "argument steps: must be at least 100, not 99"),
         *(
             (module, ["--backend", "cupy"], "error: backend cupy cannot be used: planted;")
-            for module in (step, data, checkpoint, soak)
+            for module in (step, data, checkpoint, soak, distributed, ranks)
         ),
     ],
 )
@@ -126,7 +126,7 @@ def test_options_that_cannot_be(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("gpu_bp.backends._cupy", lambda: (None, "planted"))
+    monkeypatch.setattr("gpu_bp.backends._cupy", lambda local_rank: (None, "planted"))
     with pytest.raises(SystemExit) as caught:
         benchmark.main(arguments)
     assert caught.value.code == 2

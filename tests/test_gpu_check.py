@@ -104,7 +104,7 @@ def test_the_suite_is_run_and_its_outcomes_kept() -> None:
 
 
 def test_without_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_bp.backends._cupy", lambda: (None, "planted"))
+    monkeypatch.setattr("gpu_bp.backends._cupy", lambda local_rank: (None, "planted"))
     assert gpu_check.main([]) == 2
     assert "planted" in capsys.readouterr().err
 
@@ -187,7 +187,7 @@ def test_which_epilogues_are_faster() -> None:
 
 
 def test_epilogues_need_a_device(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_bp.backends._cupy", lambda: (None, "planted"))
+    monkeypatch.setattr("gpu_bp.backends._cupy", lambda local_rank: (None, "planted"))
     assert epilogues.main([]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: backend cupy cannot be used: planted")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from on_mpi import PREFIXES, Mpi, errors, on_ranks
 
-from benchmarks import distributed
+from benchmarks import distributed, ranks
 from benchmarks.peers.cells import Cell
 from gpu_bp import NumpyBackend, UserError
 from gpu_bp.ranks import Alone, join, launched
@@ -247,6 +247,15 @@ def test_the_benchmark_of_sums(mpi: Mpi) -> None:
     assert measured.value > 0
 
 
-def test_the_benchmark_without_mpi() -> None:
+def test_the_benchmark_of_bits(mpi: Mpi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ranks.main(["--backend", "numpy", "--mpiexec", str(mpi.mpiexec)]) == 0
+    assert "| 2 ranks | through the host's memory |" in capsys.readouterr().out
+
+
+def test_the_benchmarks_without_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = distributed.tree_sum(Path("no/mpiexec"))
     assert (measured.value, measured.passed) == (None, None)
+    monkeypatch.setattr(ranks, "CELL", Cell(2, 8, 13, "tanh", "adam", "squared_error"))
+    one, two = ranks.run(NumpyBackend(), Path("no/mpiexec"))
+    assert (one.passed, two.passed, two.digest) == (True, True, None)
+    assert "not run: no mpi4py, or no MPI" in ranks.table([one, two])

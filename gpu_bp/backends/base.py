@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from gpu_bp import registry
+from gpu_bp.exchange import Exchange
 from gpu_bp.formula import Program
+from gpu_bp.ranks import Ranks
 from gpu_bp.registry import Permutations, Purpose
 from gpu_bp.spec import Activation, Array, Loss, Penalty, RowActivation, Update
 
@@ -76,12 +78,16 @@ class Backend(Protocol):
     def synchronize(self) -> None:
         """Waits until the device has done all that it was given."""
 
+    def exchange(self, ranks: Ranks) -> Exchange:
+        """What sums arrays of this backend over ranks, all of which have to ask for it."""
+
     # doing the same again and again: what is recorded works on the same arrays, as they then are
 
     def record(self, run: Action, worker: int = 0) -> Action:
         """Nothing is done yet: what this gives does what `run` asks of the backend, at the least cost for the host.
 
-        Two may run at once where they were recorded for different workers.
+        Two may run at once where they were recorded for different workers. Where `steps_at_once` is more than 1, what
+        is recorded may have other recordings in it.
         """
 
     def together(self, actions: Sequence[Action], *, alike: bool = False) -> None:

@@ -21,7 +21,7 @@ class Captures:
     """Captures on a stream of their own, since the current one may be the default stream, which cannot.
 
     Attributes:
-        count: graphs made so far.
+        count: graphs made so far. capturing: whether one is being made.
         refused: why there was none, the first time that there was none; "" as long as there always was.
     """
 
@@ -29,6 +29,7 @@ class Captures:
         self._cupy = cupy
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self.count = 0
+        self.capturing = False
         self.refused = ""
 
     def graph(self, run: Action) -> tuple[Any, Any]:
@@ -44,12 +45,15 @@ class Captures:
         pool = cupy.cuda.MemoryPool()
         with stream, cupy.cuda.using_allocator(pool.malloc):
             stream.begin_capture()
+            self.capturing = True
             try:
                 run()
             except BaseException:
                 with contextlib.suppress(Exception):  # it is of no use, but the stream can capture again
                     stream.end_capture()
                 raise
+            finally:
+                self.capturing = False
             graph = stream.end_capture()
         self.count += 1
         return graph, pool
@@ -75,6 +79,9 @@ class Recording:
         self._launch: Action | None = None
 
     def __call__(self) -> None:
+        if self._captures.capturing:  # it becomes a part of another's graph
+            self._run()
+            return
         if self._launch is None:
             if not self._called:
                 self._run()

@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # such as: several CuPy packages, or no CUDA toolkit path
     import cupy
 
-__all__ = ["by_rows", "compiled", "cublas", "cupy", "given", "launch"]
+__all__ = ["by_rows", "compiled", "cublas", "cupy", "given", "launch", "nccl"]
 
 
 @functools.cache
@@ -32,6 +32,16 @@ def cublas() -> Any:
     import cupy.cublas
 
     return cupy.cublas
+
+
+@functools.cache
+def nccl() -> Any:
+    """The module cupy.cuda.nccl. Late too, and it warns where there is no library."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from cupy.cuda import nccl
+
+    return nccl
 
 
 @functools.cache

@@ -31,14 +31,19 @@ from gpu_bp.backends.cuda_rows import CUDA_NAMES
 from gpu_bp.backends.cuda_scalars import Scalars
 from gpu_bp.backends.cuda_sums import Sums
 from gpu_bp.backends.epilogues import FASTER, Faster
+from gpu_bp.backends.nccl import ByNccl, why_not_nccl
+from gpu_bp.exchange import Exchange, ThroughHost
 from gpu_bp.formula import Program
 from gpu_bp.precision import PRECISIONS, dotted
+from gpu_bp.ranks import Ranks
 from gpu_bp.registry import Permutations, Purpose
 from gpu_bp.spec import Activation, Array, RowActivation
 
 
-def why_unusable() -> str | None:
-    """Why no GPU can be used here, in one line; None where one can.
+def why_unusable(local_rank: int = 0) -> str | None:
+    """Why no GPU can be used here, in one line; None where one can, which is the current one then.
+
+    For a rank other than the first of its machine it is the one with its number, of as many as there are.
 
     Total and quiet: it asks for a driver and a device, then computes a product and a kernel and looks at the
     result, because NVRTC, its headers and cuBLAS are loaded only when first used.
@@ -50,6 +55,8 @@ def why_unusable() -> str | None:
     if count < 1:
         return "no CUDA device"
     try:
+        if number := local_rank % count:
+            cupy.cuda.Device(number).use()
         backend = CupyBackend()
         ones, product = backend.to_device(np.ones((2, 2), np.float32)), backend.zeros((2, 2), np.float32)
         backend.matmul(ones, ones, product)
@@ -136,6 +143,10 @@ class CupyBackend(RecordKernels, Apart):
 
     def synchronize(self) -> None:
         cupy.cuda.get_current_stream().synchronize()
+
+    def exchange(self, ranks: Ranks) -> Exchange:
+        why_not = why_not_nccl(ranks)
+        return ThroughHost(ranks, self.to_host, self.to_device, why_not) if why_not else ByNccl(ranks)
 
     def record(self, run: Action, worker: int = 0) -> Action:
         if not self._graphs:

@@ -25,8 +25,10 @@ from gpu_bp.backends import host_calls as calls
 from gpu_bp.backends import host_libraries, host_threads
 from gpu_bp.backends.base import Action, Apart, Division, Numbers, or_unknown
 from gpu_bp.backends.host_scratch import BLOCK, LOOK, TILE, Scratch, block_rows
+from gpu_bp.exchange import Exchange, ThroughHost
 from gpu_bp.formula import Program, evaluate
 from gpu_bp.precision import PRECISIONS, dotted
+from gpu_bp.ranks import Ranks
 from gpu_bp.registry import (
     Permutations,
     Purpose,
@@ -104,6 +106,9 @@ class NumpyBackend(Apart):
 
     def synchronize(self) -> None:
         pass  # NumPy has done everything when it returns
+
+    def exchange(self, ranks: Ranks) -> Exchange:
+        return ThroughHost(ranks, self.to_host, self.to_device)
 
     def record(self, run: Action, worker: int = 0) -> Action:
         kept: list[Action] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 from cuda_on_cpu.fake_cupy import FakeCupy
@@ -19,15 +19,18 @@ NAMES = (
     "cuda_sums",
     "cuda_records",
     "cuda_products",
+    "nccl",
     "cupy_backend",
 )
 MODULES = tuple(f"gpu_bp.backends.{name}" for name in NAMES)
-PRODUCTS = "gpu_bp.backends.cuda_products"
+PRODUCTS, NCCL = "gpu_bp.backends.cuda_products", "gpu_bp.backends.nccl"
 
 
-def cupy_backend_module(cupy: FakeCupy | None = None, bindings: Callable[[], Any] | None = None) -> Any:
+def cupy_backend_module(
+    cupy: FakeCupy | None = None, bindings: Callable[[], Any] | None = None, nccl: Callable[[], Any] | None = None
+) -> Any:
     """A fresh copy of gpu_bp.backends.cupy_backend whose `cupy`, and NVIDIA's bindings, are the stand-in; the real ones
-    are left alone. Or those to cuBLAS are what `bindings` gives."""
+    are left alone. Or those to cuBLAS are what `bindings` gives, and NCCL, else not there, is what `nccl` does."""
     stand_in = cupy or FakeCupy()
     fresh = {}
     before = {name: sys.modules.get(name) for name in ("cupy", *MODULES)}
@@ -50,6 +53,7 @@ def cupy_backend_module(cupy: FakeCupy | None = None, bindings: Callable[[], Any
         bindings=bindings or (lambda: stand_in.bindings),
         lt_bindings=lambda: stand_in.lt_bindings,
     )
+    fresh[NCCL].__dict__.update(nccl=nccl or (lambda: SimpleNamespace(available=False)))
     return fresh[MODULES[-1]]
 
 

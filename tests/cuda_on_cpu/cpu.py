@@ -158,8 +158,8 @@ class Kernel:
         return target
 
     @functools.cached_property
-    def _library(self) -> ctypes.CDLL:
-        return ctypes.CDLL(str(self.compile()))
+    def _library(self) -> ctypes.PyDLL:
+        return ctypes.PyDLL(str(self.compile()))  # one call at a time: the variables of the header are those of all
 
     @functools.cached_property
     def parameters(self) -> tuple[Parameter, ...]:

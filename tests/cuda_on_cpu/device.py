@@ -10,7 +10,7 @@ import operator
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -56,6 +56,29 @@ class Queue:
             self._waiting.popleft()()
 
 
+class Wait(NamedTuple):
+    """In a capture: what a stream is given from here on comes after the first `place` calls of another's."""
+
+    queue: Queue
+    place: int
+
+
+class Capture:
+    """What is captured of a stream, and of others that come to wait for it, in the order in which it was asked for."""
+
+    def __init__(self, origin: Queue) -> None:
+        self.origin = origin
+        self.calls: list[tuple[Queue, Callable[[], None] | Wait]] = []
+        self.given = Counter({origin: 0})  # calls of each stream
+        self.joined: Counter[Queue] = Counter()  # of these, those that the first stream waits for
+
+    def add(self, queue: Queue, call: Callable[[], None] | Wait) -> None:
+        self.calls.append((queue, call))
+        self.given[queue] += 1
+        if queue is self.origin and isinstance(call, Wait):
+            self.joined[call.queue] = max(self.joined[call.queue], call.place)
+
+
 class Device:
     """What happens on the device.
 
@@ -68,7 +91,7 @@ class Device:
         order: in which the threads of a kernel run; a right kernel gives the same whatever the order.
         counts: allocations, host copies, synchronisations, device copies, launches (of them, in a replay too) and
             graphs launched so far.
-        recording: the calls of the capture in progress, None where there is none. capturing: its stream's queue.
+        capture: the one in progress, None where there is none.
         kernels: those that were called so far.
         used_bytes: of the arrays that there are, on the device; pinned_bytes: likewise of pinned memory of the host.
     """
@@ -82,18 +105,17 @@ class Device:
         self.queue = Queue()
         self.kernels: list[Kernel] = []
         self.counts: Counter[str] = Counter()
-        self.recording: list[Callable[[], None]] | None = None
-        self.capturing: Queue | None = None
+        self.capture: Capture | None = None
         self._random = np.random.default_rng(0)
         self.used_bytes = self.pinned_bytes = 0
 
     def launch(self, call: Callable[[], None], queue: Queue | None = None) -> None:
         """Gives a stream a call, by default the current one; during a capture only notes it for the replay."""
         self.counts["launches"] += 1
-        if self.recording is not None:
-            if (queue or self.queue) is not self.capturing:
+        if self.capture is not None:
+            if (queue or self.queue) not in self.capture.given:
                 raise CaptureError("a call to another stream during a capture")
-            self.recording.append(call)
+            self.capture.add(queue or self.queue, call)
         else:
             self.give(queue or self.queue, call)
 
@@ -106,7 +128,7 @@ class Device:
     def uncapturable(self, *what: str) -> None:
         """Counts things that a graph cannot hold, and refuses them during a capture."""
         self.counts.update(what)
-        if self.recording is not None:
+        if self.capture is not None:
             raise CaptureError(f"{' and '.join(what)} during a capture")
 
     def wait(self, queue: Queue | None = None, until: int | None = None) -> None:
@@ -207,6 +229,7 @@ class ndarray:
         self.size = host.size
         self.ndim = host.ndim
         self.nbytes = host.nbytes
+        self.itemsize = host.itemsize
         self.flags = host.flags
 
     def _view(self, host: np.ndarray) -> ndarray:
@@ -263,6 +286,9 @@ class ndarray:
 
     def __imul__(self, other: Any) -> ndarray:
         return self._in_place(operator.imul, other)
+
+    def view(self, dtype: Any) -> ndarray:
+        return self._view(self.host.view(dtype))
 
     def fill(self, value: float) -> None:
         self.device.launch(lambda: self.host.fill(value))

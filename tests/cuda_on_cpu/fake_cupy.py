@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from cuda_on_cpu import codegen
 from cuda_on_cpu.cpu import Kernel, array_argument, indexer_argument, pointer_argument, scalar_argument
-from cuda_on_cpu.device import CaptureError, Device, Order, Queue, ndarray
+from cuda_on_cpu.device import Capture, CaptureError, Device, Order, Queue, Wait, ndarray
 from cuda_on_cpu.fake_cublas import FakeCublas
 from cuda_on_cpu.fake_cublaslt import FakeCublasLt
 
@@ -37,7 +37,7 @@ class FakeCupy:
         order: in which the threads of a kernel run.
         dry: nothing runs.
         lazy: a call runs only when somebody waits for its stream.
-        capability: the compute capability of the device, such as "90" for 9.0.
+        capability: the compute capability of the device, such as "90" for 9.0. uuid: by which it is told from others.
 
     Attributes:
         bindings, lt_bindings: stand for nvmath.bindings.cublas and cublasLt.
@@ -45,7 +45,13 @@ class FakeCupy:
     """
 
     def __init__(
-        self, order: Order = "forward", *, dry: bool = False, lazy: bool = False, capability: str = "90"
+        self,
+        order: Order = "forward",
+        *,
+        dry: bool = False,
+        lazy: bool = False,
+        capability: str = "90",
+        uuid: str = "GPU-0",
     ) -> None:
         codegen.require()
         self.__version__ = codegen.real_cupy().__version__
@@ -59,7 +65,7 @@ class FakeCupy:
         self.cublas = SimpleNamespace(gemm=self._gemm)
         runtime = SimpleNamespace(
             getDeviceCount=lambda: 1,
-            getDeviceProperties=lambda number: {"name": b"a CPU that stands in for a GPU"},
+            getDeviceProperties=lambda number: {"name": b"a CPU that stands in for a GPU", "uuid": uuid},
             deviceSynchronize=self._synchronise,
             memGetInfo=lambda: (2**32 - self.device.used_bytes, 2**33),
             runtimeGetVersion=lambda: 12080,
@@ -69,7 +75,7 @@ class FakeCupy:
         self.cuda = SimpleNamespace(
             runtime=runtime,
             Device=lambda number=0: SimpleNamespace(
-                id=number, synchronize=self._synchronise, compute_capability=capability
+                id=number, synchronize=self._synchronise, compute_capability=capability, pci_bus_id="0000:00:00.0"
             ),
             device=SimpleNamespace(get_cublas_handle=lambda: 1),
             cublas=SimpleNamespace(getVersion=lambda handle: 120804),
@@ -125,7 +131,7 @@ class FakeCupy:
     def _gemm(self, transa: str, transb: str, a: ndarray, b: ndarray, out: ndarray) -> ndarray:
         """out = op(a) @ op(b), after the checks of cupy.cublas.gemm."""
         _device_arrays(a, b, out)
-        if self.device.recording is not None:
+        if self.device.capture is not None:
             raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
         assert a.ndim == b.ndim == out.ndim == 2
         assert a.dtype == b.dtype == out.dtype
@@ -145,6 +151,9 @@ class FakeCupy:
     def _stream(self, non_blocking: bool = False) -> Stream:
         self._streams.append(Stream(self, Queue(), 64 * len(self._streams)))
         return self._streams[-1]
+
+    def stream_at(self, ptr: int) -> Stream:
+        return next(stream for stream in self._streams if stream.ptr == ptr)
 
     def enter(self, stream: Stream) -> None:
         """The stream becomes the current one."""
@@ -194,15 +203,17 @@ class Stream:
     def begin_capture(self) -> None:
         if self.ptr == 0:
             raise CaptureError("the default stream cannot capture")
-        if self._device.recording is not None:
+        if self._device.capture is not None:
             raise CaptureError("a capture is in progress")
-        self._device.recording, self._device.capturing = [], self.queue
+        self._device.capture = Capture(self.queue)
 
     def end_capture(self) -> Graph:
-        calls, self._device.recording = self._device.recording, None
-        if calls is None or self._device.capturing is not self.queue:
+        capture, self._device.capture = self._device.capture, None
+        if capture is None or capture.origin is not self.queue:
             raise CaptureError("no capture is in progress")
-        return Graph(self._device, calls)
+        if any(n > capture.joined[queue] for queue, n in capture.given.items() if queue is not self.queue):
+            raise CaptureError("another stream came to be captured, and was not waited for at the end")
+        return Graph(self._device, capture)
 
     def synchronize(self) -> None:
         self._device.wait(self.queue)
@@ -210,9 +221,14 @@ class Stream:
     def wait_event(self, event: Event) -> None:
         """What this stream is given from here on comes after what the event is of now: to record it anew does not
         change that."""
-        self._device.uncapturable("waits for another stream")
-        queue, place = event.queue, event.place
-        self._device.give(self.queue, lambda: queue.run(place))
+        queue, place, capture = event.queue, event.place, self._device.capture
+        if capture is None:
+            self._device.counts["waits for another stream"] += 1
+            self._device.give(self.queue, lambda: queue.run(place))
+        elif event.capture is capture:
+            capture.add(self.queue, Wait(queue, place))  # and so this stream is captured too
+        else:
+            self._device.uncapturable("waits for another stream")
 
 
 class Event:
@@ -225,6 +241,7 @@ class Event:
         self._device = device
         self._timed = timed
         self.queue, self.place = device.queue, 0
+        self.capture: Capture | None = None  # in which it was recorded
         self.time: float | None = None
 
     def record(self, stream: Stream | None = None) -> None:
@@ -232,7 +249,9 @@ class Event:
         if self._timed:
             self._device.uncapturable("timed events")  # a graph would hold them, and never give their times
             self._device.give(self.queue, self._reach)
-        self.place = self.queue.given
+        capture = self._device.capture
+        self.capture = capture if capture and self.queue in capture.given else None
+        self.place = capture.given[self.queue] if self.capture and capture else self.queue.given
 
     def _reach(self) -> None:
         self.time = time.perf_counter()
@@ -252,14 +271,20 @@ def elapsed_time(begin: Event, end: Event) -> float:
 class Graph:
     """The calls of a capture, to be run again on the same arrays."""
 
-    def __init__(self, device: Device, calls: list[Callable[[], None]]) -> None:
+    def __init__(self, device: Device, capture: Capture) -> None:
         self._device = device
-        self._calls = calls
+        self._capture = capture
 
     def launch(self) -> None:
-        self._device.counts["graphs"] += 1
-        for call in self._calls:
-            self._device.launch(call)
+        device, capture = self._device, self._capture
+        device.counts["graphs"] += 1
+        queues = {queue: device.queue if queue is capture.origin else Queue() for queue in capture.given}
+        before = {queue: own.given for queue, own in queues.items()}
+        for queue, call in capture.calls:
+            if isinstance(call, Wait):
+                device.give(queues[queue], partial(queues[call.queue].run, before[call.queue] + call.place))
+            else:
+                device.launch(call, queues[queue])
 
 
 # Kernels ---------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def begin(self: Any) -> None:
 
 
 def end(self: Any) -> Any:
-    self._device.recording = None
+    self._device.capture = None
     raise NoGraphError("the capture was not valid")
 
 
@@ -103,7 +103,7 @@ def test_a_launch_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch)
     for _ in range(2):
         step(batch)
     before = state_of(step)[0]
-    monkeypatch.setattr(cupy.device, "launch", lambda call: (_ for _ in ()).throw(NoGraphError("launch failed")))
+    monkeypatch.setattr(cupy.device, "launch", lambda call, queue: (_ for _ in ()).throw(NoGraphError("launch failed")))
     with pytest.raises(NoGraphError, match="launch failed"):
         step(batch)
     assert_same_bits([before], state_of(step)[:1])

@@ -110,7 +110,7 @@ def test_a_replay_allocates_nothing_and_waits_for_nobody(name: str) -> None:
     next(steps)
     counts = {name: n for name, n in cupy.device.counts.items() if name not in ("launches", "device copies")}
     parts, graphs = len(OPTIONS[name].get("parts", (0, 8))) - 1, counts.pop("graphs")
-    assert graphs > 3 if "sharding" in OPTIONS[name] else graphs == parts
+    assert graphs == parts
     assert counts == {"asynchronous copies": 1}
     assert cupy.bindings.calls == []
 
