@@ -86,9 +86,6 @@ class Mpi:
             values |= self._comm.sendrecv(values, partner, WORK, source=partner, recvtag=WORK)
         return [values[rank] for rank in range(self.size)]
 
-    def barrier(self) -> None:
-        self.all_gather(None)
-
     def abort(self, line: str, status: int) -> NoReturn:
         write_line(f"error: rank {self.rank}: {line}")
         time.sleep(READ)

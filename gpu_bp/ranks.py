@@ -54,10 +54,6 @@ class Ranks(Protocol):
         """What each rank has, small, in the order of the ranks, on all of them."""
         ...
 
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        ...
-
     def abort(self, line: str, status: int) -> NoReturn:
         """Ends all ranks at once, with this line and exit status."""
         ...
@@ -82,9 +78,6 @@ class Alone:
 
     def all_gather(self, value: T) -> list[T]:
         return [value]
-
-    def barrier(self) -> None:
-        pass
 
     def abort(self, line: str, status: int) -> NoReturn:
         write_line(f"error: {line}")
