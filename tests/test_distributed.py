@@ -134,7 +134,7 @@ def test_ranks_with_different_data(mpich: Mpi, tmp_path: Path) -> None:
         "import gpu_bp.runs as runs; found = runs.identity; runs.identity = lambda *of: {**found(*of), 'file': rank}"
     )
     assert refused(words, mpich, other) == (
-        "error: rank 0: rank 1 does not train on the same: data.file is '1' there, and '0' on rank 0"
+        "error: rank 0: rank 1 does not train on the same: file is 1 there, and 0 on rank 0"
     )
 
 
