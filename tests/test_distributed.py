@@ -12,11 +12,12 @@ import pytest
 from conftest import ROOT
 from on_mpi import PREFIXES, Done, Mpi, errors
 from train_on_ranks import config_of
-from trainings import TRAININGS, last_checkpoint, outcome, train, write_data
+from trainings import GRID, TRAININGS, last_checkpoint, outcome, train, write_data
 
 pytestmark = pytest.mark.mpi
 KILLS = int(os.environ.get("GPU_BP_KILLS", "4"))
-NAMES = [*(name for name in TRAININGS if "shards" not in TRAININGS[name].get("train", {})), "rewinds"]
+WHOLE = [name for name in TRAININGS if "shards" not in TRAININGS[name].get("train", {})]  # that go on to their end
+NAMES = [*WHOLE, "rewinds", *GRID]
 
 
 @pytest.fixture(params=PREFIXES)
@@ -53,12 +54,24 @@ def told(run: Path, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_every_training(mpi: Mpi, n: int, alone: Path, tmp_path: Path) -> None:
     """Of every kind of data and of state, in a single job."""
-    if n == 8 and mpi.name != "mpich":
-        pytest.skip("four ranks are enough of it")
-    done = start(mpi, n, tmp_path, *NAMES)
+    names = GRID if n == 8 and mpi.name != "mpich" else NAMES
+    done = start(mpi, n, tmp_path, *names)
     assert (done.returncode, errors(done)) == (0, []), done.stderr
-    for name in NAMES:
+    for name in names:
         assert told(tmp_path / name, tmp_path) == told(alone / name, alone), name
+
+
+def test_ranks_and_threads(mpich: Mpi, tmp_path: Path) -> None:
+    """Of large batches, which as many workers of a rank share as it has threads."""
+    found = []
+    for n, threads in ((1, 1), (1, 2), (2, 2), (4, 2)):
+        folder = tmp_path / f"{n}, {threads}"
+        folder.mkdir()
+        done = start(mpich, n, folder, "large", OPENBLAS_NUM_THREADS=str(threads))
+        assert (done.returncode, errors(done)) == (0, []), done.stderr
+        assert [(folder / f"workers of {rank}").read_text() for rank in range(n)] == [str(threads)] * n
+        found.append(told(folder / "large", folder))
+    assert found[1:] == found[:1] * 3
 
 
 def test_who_watches_has_enough(mpich: Mpi, tmp_path: Path) -> None:
@@ -72,13 +85,12 @@ def test_who_watches_has_enough(mpich: Mpi, tmp_path: Path) -> None:
 def test_on_another_number_of_ranks(mpich: Mpi, alone: Path, tmp_path: Path) -> None:
     """What some ranks began, others go on with, and one alone ends."""
     for n, part in ((2, ":5"), (4, ":6"), (2, ":4")):
-        done = start(mpich, n, tmp_path, *(f"{name}{part}" for name in NAMES if name != "rewinds"))
+        done = start(mpich, n, tmp_path, *(f"{name}{part}" for name in WHOLE))
         assert done.returncode == 0, done.stderr
-    for name in NAMES:
-        if name != "rewinds":
-            train(config_of(name, tmp_path), run=tmp_path / name, backend="numpy", resume=True)
-            one, other = told(tmp_path / name, tmp_path), told(alone / name, alone)
-            assert {k: v for k, v in one.items() if k != "files"} == {k: v for k, v in other.items() if k != "files"}
+    for name in WHOLE:
+        train(config_of(name, tmp_path), run=tmp_path / name, backend="numpy", resume=True)
+        one, other = told(tmp_path / name, tmp_path), told(alone / name, alone)
+        assert {k: v for k, v in one.items() if k != "files"} == {k: v for k, v in other.items() if k != "files"}
 
 
 def test_killed_ranks(mpich: Mpi, alone: Path, tmp_path: Path) -> None:
