@@ -35,7 +35,7 @@ OTHERS = {
 def config_of(name: str, folder: Path) -> dict[str, Any]:
     """The config of a training, or of the one that takes longer, in shards."""
     if name == "long":
-        return tables("noise", folder, train={"shards": SHARDS, "epochs": 60, "log_every": 50})
+        return tables("noise", folder, train={"shards": SHARDS, "epochs": 30, "log_every": 50})
     if name in OTHERS:
         return {**OTHERS[name], "train": {**OTHERS[name]["train"], "shards": SHARDS}}
     return tables(name, folder, train={"shards": SHARDS})
