@@ -1,16 +1,14 @@
 """What test_distributed.py starts on several ranks: `python tests/train_on_ranks.py FOLDER NAME[:STEPS]...`
 
 Trains those of trainings.py, in shards, whose data are in that folder, each into a folder of its name; with STEPS until
-so many are taken, and where it was begun, it goes on. With KILL="RANK SECONDS" in the environment that rank is killed
-after so long, wherever it is; with WATCHED=STEPS who watches rank 0 wants no more than so many.
+so many are taken, and where it was begun, it goes on. With WATCHED=STEPS in the environment who watches rank 0 wants
+no more than so many.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Sequence
 from itertools import islice
@@ -28,7 +26,6 @@ SHARDS = 8
 OTHERS = {
     "rewinds": REWINDS,
     "large": LARGE,
-    "diverges": {**REWINDS, "train": {"epochs": 6, "batch_size": 20}},
 }
 
 
@@ -59,9 +56,6 @@ def main() -> None:
     warnings.simplefilter("error")
     (folder, *names), watched = sys.argv[1:], os.environ.get("WATCHED", "")
     with join() as ranks:
-        rank, seconds = os.environ.get("KILL", "-1 0").split()
-        if ranks.rank == int(rank):
-            threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
         for each in names:
             name, _, steps = each.partition(":")
             interrupted = after(int(steps or -1))
