@@ -8,8 +8,9 @@ step on: the parameters are those from which it went wrong, and noise and batche
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class Diagnosis:
         rows: for which rows it is not, by their numbers in the source; () where the array is none of rows.
         batch: the rows of the step.
         advice: what may help.
+        place: of the array, in the order of the step.
     """
 
     step: int
@@ -42,6 +44,7 @@ class Diagnosis:
     rows: tuple[int, ...]
     batch: tuple[int, ...]
     advice: str
+    place: int = 0
 
     def __str__(self) -> str:
         again = "the loss or a gradient was not finite, and all is where the step is run again"
@@ -92,7 +95,16 @@ def diagnose(objective: Objective, batches: Iterable[Batch], step: int) -> Diagn
     if not wrong:
         return Diagnosis(step, "", (), tuple(of_step), AGAIN)
     first = min(wrong)
-    return Diagnosis(step, looks[first].what, tuple(wrong[first]), tuple(of_step), looks[first].advice)
+    return Diagnosis(step, looks[first].what, tuple(wrong[first]), tuple(of_step), looks[first].advice, first)
+
+
+def joined(found: Sequence[Diagnosis]) -> Diagnosis:
+    """What went wrong at a step, where each of these is of some of its rows."""
+    batch = tuple(chain.from_iterable(each.batch for each in found))
+    wrong = [each for each in found if each.what] or [found[0]]
+    first = min(wrong, key=lambda each: each.place)
+    rows = tuple(chain.from_iterable(each.rows for each in wrong if each.place == first.place))
+    return replace(first, rows=rows, batch=batch)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ def in_words(error: BaseException) -> str:
     if isinstance(error, UnicodeError):
         return one_line(f"text that cannot be written or read in this encoding: {error}")
     if isinstance(error, MemoryError):
-        return one_line(f"out of memory: {error or 'smaller network.hidden, data.rows or train.batch_size would fit'}")
+        return one_line(
+            f"out of memory: {str(error) or 'smaller network.hidden, data.rows or train.batch_size would fit'}"
+        )
     return ""
 
 

@@ -2,43 +2,74 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from gpu_bp.config import Config
-from gpu_bp.errors import Diverged, UserError, short
+from gpu_bp.errors import Diverged, UserError
 from gpu_bp.ranks import Ranks
 from gpu_bp.resuming import plain
 from gpu_bp.tables import differing
 from gpu_bp.trainer import Trainer
-from gpu_bp.training_state import restore
+from gpu_bp.training_state import restore, take
+
+log = logging.getLogger("gpu_bp")
 
 
 def refuse_another_config(config: Config, ranks: Ranks) -> None:
     """Raises UserError, on all ranks, where one has another config than rank 0."""
-    first, *others = ranks.all_gather(plain(config))
-    for rank, other in enumerate(others, 1):
-        for key, (was, there) in differing(first, other).items():
-            raise UserError(
-                f"rank {rank} has another config: {key} is {there} there, and {was} on rank 0; "
-                "give all ranks the same one"
-            )
+    for rank, how in _unlike(plain(config), ranks):
+        raise UserError(f"rank {rank} has another config: {how}; give all ranks the same one")
 
 
-def refuse_other_data(trainer: Trainer, data: Mapping[str, Any], ranks: Ranks) -> None:
-    """Raises UserError, on all ranks, where one has other data than rank 0, by their `identity`, or another backend."""
-    first, *others = ranks.all_gather({"backend": trainer.model.network.backend.name, "data": data})
-    for rank, other in enumerate(others, 1):
-        for key, (was, there) in differing(first, other).items():
-            raise UserError(
-                f"rank {rank} does not train on the same: {key} is {short(there)} there, and {short(was)} on rank 0"
-            )
+def refuse_other_data(data: Mapping[str, Any], environment: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raises UserError, on all ranks, where one has other data than rank 0, another backend or another gpu_bp.
+
+    Where it has other libraries or another processor, rank 0 warns of it.
+
+    Args:
+        data: as `identity` says what they are. environment: as of `gpu_bp.environment`.
+    """
+    for rank, how in _unlike({**data, **{name: environment[name] for name in ("gpu_bp", "backend")}}, ranks):
+        raise UserError(f"rank {rank} does not train on the same: {how}")
+    for rank, how in _unlike({name: fact for name, fact in environment.items() if name != "threads"}, ranks):
+        if ranks.rank == 0:
+            log.warning(f"the last bits of rank {rank} may be others than those of rank 0: {how}")
+
+
+def _unlike(facts: Mapping[str, Any], ranks: Ranks) -> list[tuple[int, str]]:
+    """The ranks of which something is not as it is of rank 0, and what, in words; a fact each."""
+    first, *others = ranks.all_gather(facts)
+    return [
+        (rank, f"{key} is {there} there, and {was} on rank 0")
+        for rank, other in enumerate(others, 1)
+        for key, (was, there) in differing(first, other).items()
+    ]
 
 
 def told(ranks: Ranks) -> Any:
     """What rank 0 broadcasts."""
     nothing: Any = None
     return ranks.broadcast(nothing)
+
+
+def tell_state(trainer: Trainer | None, ranks: Ranks) -> None:
+    """Rank 0 tells the others the state that all go on from, its arrays one by one; or None, to begin."""
+    if ranks.size == 1:
+        return
+    state, tensors = take(trainer) if trainer else (None, {})
+    ranks.broadcast((state, list(tensors)))
+    for tensor in tensors.values():
+        ranks.broadcast(tensor)
+
+
+def _go_on_as_told(trainer: Trainer, ranks: Ranks) -> None:
+    """Takes on what `tell_state` tells."""
+    state, names = told(ranks)
+    tensors = {name: told(ranks) for name in names}
+    if state is not None:
+        restore(trainer, state, tensors)
 
 
 def may_go_back(trainer: Trainer) -> bool:
@@ -49,9 +80,7 @@ def may_go_back(trainer: Trainer) -> bool:
 
 def follow(trainer: Trainer, stop: Callable[[], str], ranks: Ranks) -> None:
     """Trains beside rank 0 to the end, and takes its part in what is evaluated there."""
-    state = told(ranks)
-    if state is not None:
-        restore(trainer, *state)
+    _go_on_as_told(trainer, ranks)
     while True:
         try:
             for _ in trainer.run(stop, together=True):
@@ -60,7 +89,7 @@ def follow(trainer: Trainer, stop: Callable[[], str], ranks: Ranks) -> None:
         except Diverged:
             if not may_go_back(trainer):
                 raise
-            restore(trainer, *told(ranks))
+            _go_on_as_told(trainer, ranks)
     if trainer.selection:
         trainer.selection.restore()
     trainer.evaluate()

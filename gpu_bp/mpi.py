@@ -6,8 +6,8 @@ came of them. If all get there, rank 0 says what went wrong on the first one on 
 exit status. Where another goes on, to be seen by a message from it that waits for an answer, or does not come for long
 after a failure, the rank says itself what happened and aborts the job.
 
-To see this, all that ranks do together is made of messages with one tag, to and from the partners rank ^ 1, ^ 2, ^ 4,
-(but arrays are broadcast by MPI, after such messages); those at the end have another.
+To see this, all that ranks do together is made of messages with one tag, to and from the partners rank ^ 1, ^ 2, ^ 4;
+those at the end have another.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 WORK, END = 1, 2  # tags
+LARGEST = 2**30  # bytes of a message; MPI counts up to 2^31
 PATIENCE = 600.0  # seconds that a rank with an error waits for one that may be saving its network
 ON_DEVICES = 5.0  # and for one that may wait for it on a device, which nobody sees
 READ = 0.2  # seconds that a launcher has to read what was written, which otherwise may be lost in an abort
@@ -80,7 +81,17 @@ class Mpi:
         if not isinstance(described, _Array):
             return cast(T, described)
         array = np.ascontiguousarray(value) if self.rank == 0 else np.empty(*described)
-        self._comm.Bcast(array.reshape(-1).view(np.uint8))
+        flat = array.reshape(-1).view(np.uint8)
+        for partner in self._partners:
+            here, there = min(self.rank, partner), max(self.rank, partner)
+            if here >= there - here:  # ranks below this distance have it, and each tells the one at this distance
+                continue
+            for start in range(0, len(flat), LARGEST):
+                piece = flat[start : start + LARGEST]
+                if self.rank == here:
+                    self._comm.Send(piece, there, WORK)
+                else:
+                    self._comm.Recv(piece, here, WORK)
         return value if self.rank == 0 else cast(T, array)
 
     def all_gather(self, value: T) -> list[T]:
@@ -88,9 +99,6 @@ class Mpi:
         for partner in self._partners:
             values |= self._comm.sendrecv(values, partner, WORK, source=partner, recvtag=WORK)
         return [values[rank] for rank in range(self.size)]
-
-    def barrier(self) -> None:
-        self.all_gather(None)
 
     def wait_on_devices(self) -> None:
         self._on_devices = True

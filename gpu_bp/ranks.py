@@ -55,10 +55,6 @@ class Ranks(Protocol):
         """What each rank has, small, in the order of the ranks, on all of them."""
         ...
 
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        ...
-
     def wait_on_devices(self) -> None:
         """From here on ranks may wait for each other unseen: one that fails will not wait long for the others."""
         ...
@@ -87,9 +83,6 @@ class Alone:
 
     def all_gather(self, value: T) -> list[T]:
         return [value]
-
-    def barrier(self) -> None:
-        pass
 
     def wait_on_devices(self) -> None:
         pass

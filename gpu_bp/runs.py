@@ -23,7 +23,7 @@ from gpu_bp.data.source import Source
 from gpu_bp.data.sources import settle
 from gpu_bp.environment import environment
 from gpu_bp.errors import Diverged, UserError
-from gpu_bp.following import follow, may_go_back, refuse_another_config, refuse_other_data, told
+from gpu_bp.following import follow, may_go_back, refuse_another_config, refuse_other_data, tell_state, told
 from gpu_bp.lock import Lock
 from gpu_bp.memory import out_of_memory
 from gpu_bp.model import Model
@@ -33,7 +33,7 @@ from gpu_bp.resuming import Resuming, checkpoints_of, is_run, plain
 from gpu_bp.run_folder import RunFolder
 from gpu_bp.saving import Saving
 from gpu_bp.trainer import Trainer
-from gpu_bp.training_state import restore, take
+from gpu_bp.training_state import restore
 
 log = logging.getLogger("gpu_bp")
 
@@ -96,8 +96,11 @@ def train(
 
     if ranks.rank:
         trainer = Trainer(config, backend, _dataset(config, sources, backend), ranks)
-        refuse_other_data(trainer, identity(config, trainer.dataset), ranks)
-        follow(trainer, stop, ranks)
+        refuse_other_data(identity(config, trainer.dataset), environment(backend), ranks)
+        try:
+            follow(trainer, stop, ranks)
+        except MemoryError:
+            raise out_of_memory(config, trainer.dataset, backend, trainer.steps + 1) from None
         summary, folder_of_0 = told(ranks)
         return Result(summary, trainer.model, folder_of_0, [])
     path = Path(run) if run is not None else None
@@ -119,7 +122,7 @@ def train(
             "environment": environment(backend),
             "data": identity(config, trainer.dataset),
         }
-        refuse_other_data(trainer, described["data"], ranks)
+        refuse_other_data(described["data"], described["environment"], ranks)
         if resuming:
             folder, checkpoints = resuming.folder, resuming.checkpoints
             resuming.restore(trainer, described)
@@ -134,7 +137,7 @@ def train(
         saving = held.enter_context(closing(Saving(trainer, folder, checkpoints, described)))
         if resuming and resuming.changed:
             saving.save()  # a change was allowed once, and need not be again
-        ranks.broadcast(take(trainer) if resuming else None)
+        tell_state(trainer if resuming else None, ranks)
         steps = held.enter_context(closing(_steps(trainer, folder, checkpoints, saving, stop, ranks)))
 
         def watched() -> Lines:
@@ -244,7 +247,7 @@ def _steps(
             return
         except Diverged as error:
             _go_back(trainer, folder, checkpoints, saving, error)
-            ranks.broadcast(take(trainer))
+            tell_state(trainer, ranks)
         finally:
             steps.close()
 

@@ -20,7 +20,7 @@ from gpu_bp.config_schedule import PlateauSchedule
 from gpu_bp.data import Dataset, load_data
 from gpu_bp.data.classes import class_weights
 from gpu_bp.data.sources import settle
-from gpu_bp.divergence import diagnose
+from gpu_bp.divergence import diagnose, joined
 from gpu_bp.errors import Diverged, UserError, unknown
 from gpu_bp.evaluation import Evaluator, evaluate, evaluators, try_metrics
 from gpu_bp.memory import refuse_too_large
@@ -216,9 +216,7 @@ class Trainer:
         batches = self.batches.epoch(epoch, epoch_step, follows=False)
         with closing(batches):
             found = diagnose(self.step.objective_of_parts, self.step.cut(batches), step)
-        # what the first of the ranks has found that has found anything
-        said = self._ranks.all_gather((not found.what, str(found)))
-        return Diverged(min(said, key=lambda each: each[0])[1])
+        return Diverged(str(joined(self._ranks.all_gather(found))))
 
     def _place_of(self, step: int) -> tuple[int, int]:
         """The epoch and the step of the epoch, both from 0, of one of the steps taken, the first step being 1."""

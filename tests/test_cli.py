@@ -23,6 +23,7 @@ from rich.console import Console
 
 from gpu_bp import NumpyBackend, Trainer, UserError, backends, load_config
 from gpu_bp.cli import main
+from gpu_bp.errors import in_words
 from gpu_bp.progress import watch
 
 Tiny = Callable[..., dict[str, Any]]
@@ -420,6 +421,11 @@ def test_the_bar_of_a_run_that_is_gone_on_with(write: Callable[..., Path]) -> No
     assert " 7/14 " in text.getvalue()
     assert " 0/14 " not in text.getvalue()
     assert " 100 rows/s" in text.getvalue()
+
+
+def test_memory_that_runs_out_without_a_word() -> None:
+    assert in_words(MemoryError()).startswith("out of memory: smaller network.hidden")
+    assert in_words(MemoryError("of the device")) == "out of memory: of the device"
 
 
 def test_the_source_folder_alone_says_what_to_do(tmp_path: Path) -> None:

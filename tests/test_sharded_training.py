@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from trainings import REWINDS, after, moments, new, outcome, resume, tables, train, write_data
+from trainings import LARGE, REWINDS, after, moments, new, outcome, resume, tables, train, write_data
 
 from gpu_bp import NumpyBackend, UserError, dump_config, parse_config
 from gpu_bp.backends import Backend, host_threads
@@ -47,16 +47,6 @@ def test_any_number_of_workers(
         with monkeypatch.context() as patched:
             seen.append(moments(new(config, working(patched, workers))))
     assert seen[0] == seen[1] == seen[2]
-
-
-# Products that two threads of OpenBLAS sum in another order than one.
-LARGE: dict[str, Any] = {
-    "data": {"kind": "teacher", "rows": 9000, "n_inputs": 784, "validation_rows": 5000},
-    "network": {"hidden": [300], "weights": {"kind": "orthogonal"}},
-    "optimizer": {"kind": "adam", "learning_rate": 1e-3},
-    "regularisation": {"clip_norm": 0.1, "max_norm": 1.0, "dropout": 0.1},
-    "train": {"steps": 2, "batch_size": 4500, "shards": 4, "log_every": 1, "precision": "float64"},
-}
 
 
 def trained_by(threads: int, folder: Path, config: Path) -> Path:

@@ -1,45 +1,61 @@
 """What test_distributed.py starts on several ranks: `python tests/train_on_ranks.py FOLDER NAME[:STEPS]...`
 
 Trains those of trainings.py, in shards, whose data are in that folder, each into a folder of its name; with STEPS until
-so many are taken, and where it was begun, it goes on. With KILL="RANK SECONDS" in the environment that rank is killed
-after so long, wherever it is; with WATCHED=STEPS who watches rank 0 wants no more than so many.
+so many are taken, and where it was begun, it goes on. With WATCHED=STEPS in the environment who watches rank 0 wants
+no more than so many.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import warnings
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trainings import REWINDS, after, tables, train
+from trainings import LARGE, REWINDS, after, tables, train
 
+from gpu_bp import NumpyBackend
+from gpu_bp.backends.base import Action
 from gpu_bp.errors import Diverged
 from gpu_bp.ranks import join
 
 SHARDS = 8
+OTHERS = {
+    "rewinds": REWINDS,
+    "large": LARGE,
+}
 
 
 def config_of(name: str, folder: Path) -> dict[str, Any]:
-    """The config of a training, or of the one that rewinds or the one that takes longer, in shards."""
+    """The config of a training, or of the one that takes longer, in shards."""
     if name == "long":
-        return tables("noise", folder, train={"shards": SHARDS, "epochs": 60, "log_every": 50})
-    if name == "rewinds":
-        return {**REWINDS, "train": {**REWINDS["train"], "shards": SHARDS}}
+        return tables("noise", folder, train={"shards": SHARDS, "epochs": 30, "log_every": 50})
+    if name in OTHERS:
+        return {**OTHERS[name], "train": {**OTHERS[name]["train"], "shards": SHARDS}}
     return tables(name, folder, train={"shards": SHARDS})
 
 
+def watch_workers() -> list[int]:
+    """How many worked at once, whenever any did."""
+    workers: list[int] = [0]
+    together = NumpyBackend.together
+
+    def look(self: NumpyBackend, actions: Sequence[Action], *, alike: bool = False) -> None:
+        workers.append(len(actions))
+        together(self, actions, alike=alike)
+
+    NumpyBackend.together = look  # type: ignore[method-assign]
+    return workers
+
+
 def main() -> None:
+    workers = watch_workers()
     warnings.simplefilter("error")
     (folder, *names), watched = sys.argv[1:], os.environ.get("WATCHED", "")
     with join() as ranks:
-        rank, seconds = os.environ.get("KILL", "-1 0").split()
-        if ranks.rank == int(rank):
-            threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
         for each in names:
             name, _, steps = each.partition(":")
             interrupted = after(int(steps or -1))
@@ -56,6 +72,7 @@ def main() -> None:
                 )
             except Diverged as error:
                 (run / f"diverged on {ranks.rank}").write_text(str(error))
+        (Path(folder) / f"workers of {ranks.rank}").write_text(str(max(workers)))
 
 
 if __name__ == "__main__":

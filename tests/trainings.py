@@ -130,6 +130,31 @@ REWINDS: dict[str, Any] = {
 }
 
 
+_FILES = {"kind": "arrays", **{name: f"PATH/{name}.npy" for name in ("inputs", "targets")}}
+# Every combination of what a step may be, each with a last batch that is short: for ranks, of which any number is to
+# compute the same of all of them.
+GRID: dict[str, dict[str, Any]] = {
+    f"{optimizer}, {source}, {precision}{', dropout' * dropout}": {
+        "data": {"kind": "friedman1", "rows": 50, **ON_HOST} if source == "generated" else _FILES,
+        "optimizer": {"kind": optimizer},
+        "regularisation": {"dropout": 0.3 * dropout},
+        "train": {"precision": precision, "epochs": 2, "batch_size": 20, "log_every": 1},
+    }
+    for optimizer, source, precision, dropout in itertools.product(
+        ("sgd", "adam"), ("files", "generated"), ("float32", "float64"), (False, True)
+    )
+}
+
+# Products that two threads of OpenBLAS sum in another order than one, and batches that several workers share.
+LARGE: dict[str, Any] = {
+    "data": {"kind": "teacher", "rows": 9000, "n_inputs": 784, "validation_rows": 5000},
+    "network": {"hidden": [300], "weights": {"kind": "orthogonal"}},
+    "optimizer": {"kind": "adam", "learning_rate": 1e-3},
+    "regularisation": {"clip_norm": 0.1, "max_norm": 1.0, "dropout": 0.1},
+    "train": {"steps": 2, "batch_size": 4500, "shards": 4, "log_every": 1, "precision": "float64"},
+}
+
+
 def write_data(folder: Path) -> None:
     """What the trainings read."""
     rng = np.random.default_rng(5)
@@ -142,7 +167,7 @@ def write_data(folder: Path) -> None:
 def tables(name: str, folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
     """The config of a training, whose data are in that folder."""
     config = copy.deepcopy(COMMON)
-    for section, values in (*TRAININGS[name].items(), *changes.items()):
+    for section, values in (*(TRAININGS | GRID)[name].items(), *changes.items()):
         # of data of another kind no key but validation_rows is kept
         kept = {"validation_rows": 20} if "kind" in values and section == "data" else config.get(section, {})
         config[section] = {**kept, **values}
