@@ -3,9 +3,9 @@
 #
 #     sh deploy/retry.sh mpiexec -n 2 gpu-bp train CONFIG --run RUN --resume
 #
-# It is started again when it was killed or aborted: exit status 9 by MPICH, 137 by Open MPI, srun and a single process.
-# It is not where it succeeded, where the user has to mend something (2; 126 and 127: no such command) and where it was
-# asked to end (129, 130, 141, 143; MPICH gives 15 for a rank that SIGTERM has killed).
+# It is started again where it was killed (exit status 9 by MPICH, 137 by Open MPI, srun and a single process) or failed.
+# It is not where it succeeded, where there is something to mend (2; 126 and 127: no such command) and where it was asked
+# to end (129, 130, 141, 143; MPICH gives 15 for a rank that SIGTERM has killed).
 #
 # Ctrl-C, SIGTERM or SIGHUP to this script asks the training to pause, by one SIGTERM; what was trained is saved, and
 # the script ends with 130, 143 or 129. The command has a session of its own (setsid), so that a terminal's Ctrl-C does
@@ -36,7 +36,8 @@ run() {
     [ -z "$asked" ] || kill -TERM "$child" 2>/dev/null # asked just now
     wait "$child"
     status=$?
-    while [ -n "$asked" ] && kill -0 "$child" 2>/dev/null; do wait "$child"; done # a signal ends `wait`, not the command
+    # a signal ends `wait`, and not the command
+    while [ -n "$asked" ] && kill -0 "$child" 2>/dev/null; do wait "$child"; done
     child=''
     [ -z "$asked" ] || exit "$asked"
 }
