@@ -10,10 +10,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +64,19 @@ def folder(in_tmp: Path) -> Iterator[Path]:
     end = time.monotonic() + 30
     while (left := inside(in_tmp)) and time.monotonic() < end:  # of what a launcher has killed some may still go
         time.sleep(0.01)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
     assert not left
 
 
-def inside(folder: Path) -> list[str]:
+def inside(folder: Path) -> list[int]:
     """The processes that work in that folder, but this one."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if (process / "cwd").resolve() == folder.resolve() and process.name != str(os.getpid()):
-                found.append((process / "cmdline").read_text().replace("\0", " "))
-        except OSError:  # gone
-            continue
-    return found
+        with suppress(OSError):  # gone
+            if (process / "cwd").resolve() == folder.resolve():
+                found.append(int(process.name))
+    return [process for process in found if process != os.getpid()]
 
 
 def program(path: Path, text: str) -> Path:
@@ -93,9 +95,11 @@ def ahead(*folders: Path) -> str:
 
 
 def retry(words: list[Any], target: str = "", **environment: str) -> Done:
-    """The script, first of a group of processes; $$ in a target is its own number."""
-    script = f'export TARGET={target}; exec setsid sh "$@"'
-    return ended(["sh", "-c", script, "-", DEPLOY / "retry.sh", *words], **{"RETRY_PAUSE": "0", **environment})
+    """The script once it has ended, whoever has not; first of a group of processes, with $$ in a target its number."""
+    script = f'export TARGET={target}; exec setsid sh "$@" > output 2> errors'
+    done = ended(["sh", "-c", script, "-", DEPLOY / "retry.sh", *words], **{"RETRY_PAUSE": "0", **environment})
+    done.stdout, done.stderr = Path("output").read_text(), Path("errors").read_text()
+    return done
 
 
 def retry_ranks(mpi: Mpi, plan: str = "", target: str = "") -> Done:
@@ -137,12 +141,14 @@ def test_asked_to_end(mpich: Mpi, folder: Path, alone: dict[str, Any], name: str
     assert outcome(folder / "run") == alone
 
 
+@pytest.mark.usefixtures("in_tmp")
 @pytest.mark.parametrize("status", [0, 2, 15, 126, 127, 129, 130, 141, 143])
 def test_tried_once(status: int) -> None:
     done = retry(["sh", "-c", f"echo tried; exit {status}"])
     assert (done.returncode, done.stdout, done.stderr) == (status, "tried\n", "")
 
 
+@pytest.mark.usefixtures("in_tmp")
 @pytest.mark.parametrize("status", [1, 9, 134, 137, 139, 255])
 def test_tried_again(status: int) -> None:
     done = retry(["sh", "-c", f"echo tried; exit {status}"], RETRY_TRIES="3")
