@@ -42,8 +42,9 @@ def files(page: Path) -> dict[str, str]:
 
 @pytest.fixture
 def like_a_clone(in_tmp: Path) -> Path:
-    """A working folder with the configs of the repository."""
-    shutil.copytree(ROOT / "configs", in_tmp / "configs")
+    """A working folder with the configs and scripts of the repository."""
+    for name in ("configs", "deploy"):
+        shutil.copytree(ROOT / name, in_tmp / name)
     return in_tmp
 
 

@@ -44,9 +44,6 @@ class ThreadRanks:
             terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=True)]
         flat[...] = terms[0]
 
-    def barrier(self) -> None:
-        self._barrier.wait()
-
     def wait_on_devices(self) -> None:
         self.on_devices = True
 

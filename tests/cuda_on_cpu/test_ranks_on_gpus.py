@@ -137,7 +137,7 @@ def test_the_traffic(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def act(backend: Any, ranks: ThreadRanks) -> None:
         step, batches = step_of(backend, ranks.rank, size, backend.exchange(ranks))
         job.world.counts.clear()
-        ranks.barrier()
+        ranks.all_gather(None)
         step(batches[0])
 
     job.run(act)
