@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -27,16 +24,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.distributed import MPIEXEC, told_by_ranks
 from benchmarks.options import at_least
 from gpu_bp import NumpyBackend, Trainer, parse_config
 from gpu_bp.bench import endless
 from gpu_bp.memory import size
+from gpu_bp.network import layout_of
 from gpu_bp.ranks import Ranks, join
-from gpu_bp.scaling import ENOUGH, LINKS, SHORT, Cluster, Link, Scaling, Work, powers
+from gpu_bp.scaling import ENOUGH, LINKS, SHORT, Cluster, Link, Scaling, Work, parts_of, powers
 from gpu_bp.scaling_here import cores, measure, verdict
 from gpu_bp.tree_sum import PIECE, TreeSum
 
-MPIEXEC = Path(sys.prefix) / "bin/mpiexec"
 RANKS = (2, 4)
 TAG = 3
 CALLS, CALLED = 50, 2**25  # calls a try, or as many as have so many bytes in all
@@ -84,7 +82,8 @@ class Messages(TreeSum):
 
 
 def constants(ranks: Ranks, amount: Amount) -> dict[str, float]:
-    """Seconds of sums of so many bytes, of the messages of one alone, and of additions; of the slower rank."""
+    """Seconds of sums of so many bytes, of the messages of one alone, of additions, and of agreeing whether to stop; of
+    the slower rank."""
     from mpi4py import MPI
 
     def taken(call: Callable[[], object], n_bytes: int) -> float:
@@ -109,6 +108,7 @@ def constants(ranks: Ranks, amount: Amount) -> dict[str, float]:
     return {
         "messages": summed(amount.moved, Messages(MPI.COMM_WORLD, TAG)),
         "additions": taken(add, amount.moved),
+        "agreement": taken(lambda: ranks.all_gather(""), SHORT),
         **{str(n_bytes): summed(n_bytes, ranks.sum_tree) for n_bytes in (SHORT, *amount.sizes)},
     }
 
@@ -178,14 +178,17 @@ class Check(NamedTuple):
 
 def start(mpiexec: Path, ranks: int, what: str, amount: Amount, seconds: float) -> Any:
     """What so many ranks have measured."""
-    # Open MPI asks twice whether root may, and once more for more ranks than cores
-    allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    allowed["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
-    program = [mpiexec.parent / "python", "-m", "benchmarks.scaling", "--on-ranks", what, "--seconds", seconds]
-    words = [mpiexec, "-n", ranks, *program, *(["--little"] if amount is LITTLE else [])]
-    environment = {**os.environ, **allowed, "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, words)), env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
+    words = [
+        "benchmarks.scaling",
+        "--on-ranks",
+        what,
+        "--seconds",
+        seconds,
+        *(["--little"] if amount is LITTLE else []),
+    ]
+    return told_by_ranks(
+        mpiexec, words, ranks, OPENBLAS_NUM_THREADS="1", PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe"
+    )
 
 
 def fastest(found: list[Any]) -> Any:
@@ -220,7 +223,8 @@ def check(amount: Amount, rounds: int, seconds: float, mpiexec: Path = MPIEXEC) 
         for n in (1, *RANKS):
             taken = [each[name] for each in found[f"steps {n}"]]
             checks.append(checked(f"step of {name}", n, Scaling(work, cluster, n).point(n).step, taken))
-    return {"links": links, "additions": added, "checks": checks}
+    agreement = {n: best[f"constants {n}"]["agreement"] for n in RANKS}
+    return {"links": links, "additions": added, "agreement": agreement, "checks": checks}
 
 
 def checked(what: str, ranks: int, predicted: float, taken: list[float]) -> Check:
@@ -259,13 +263,15 @@ def on_paper(layers: int, width: int, rows: int, overlap: bool = False) -> Scali
         formulas = 4 * 5 * m * width / memory  # activation: one array read, one written; delta: two read, one written
         return (3 * layers - 1) * product + layers * formulas
 
-    n_bytes = 4 * layers * (width**2 + width)
+    parts = parts_of(layout_of([width] * (layers + 1)), layers, 4)
     work = Work(
         rows=rows,
         compute={n: gradient(rows / n) for n in powers(max(GPUS))},
-        update=8 * n_bytes / memory,  # watched; parameters, gradient and two moments read, all but the gradient written
-        n_bytes=n_bytes,
+        update=8
+        * sum(map(sum, parts))
+        / memory,  # watched; parameters, gradient and two moments read, all but the gradient written
         weights=[width**2] * layers,
+        parts=parts,
         leaf_rows=rows,
         short_sums=1,
     )
@@ -322,7 +328,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.exit(2, "error: no mpi4py, or no MPI beside it: pip install 'gpu_bp[mpi]'\n")
     report = check(amount, options.rounds, options.seconds, options.mpiexec)
     for n, found in report["links"].items():
-        print(f"{n} ranks: {1e6 * found.latency:.3g} us a message, {found.bytes_per_second / 1e9:.3g} GB/s")
+        agreement = f"{1e6 * report['agreement'][n]:.3g} us to agree whether to stop"
+        rate = f"{found.bytes_per_second / 1e9:.3g} GB/s"
+        print(f"{n} ranks: {1e6 * found.latency:.3g} us a message, {rate}; {agreement}")
     print(f"{report['additions'] / 1e9:.3g} GB/s added")
     print(table(report["checks"]))
     if options.json:

@@ -45,7 +45,10 @@ def scaling(
     inside: Annotated[str, typer.Option(help=f"Between ranks of a machine: {LINK}")] = "memory",
     across: Annotated[str | None, typer.Option(help=f"Between machines: {LINK}")] = None,
     per_machine: Annotated[int | None, typer.Option(min=1, help="Ranks a machine; by default all.")] = None,
-    overlap: Annotated[bool, typer.Option("--overlap", help="Sums are on their way during the way back.")] = False,
+    overlap: Annotated[
+        bool | None,
+        typer.Option("--overlap/--no-overlap", help="Sums travel during the way back; by default between GPUs."),
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="How long steps are timed.")] = SECONDS,
     as_json: JsonOption = False,
 ) -> None:

@@ -17,9 +17,9 @@ MPICH" (2005); up to `tree_sum.SMALL` bytes it is log2(N) (alpha + b beta + b ga
 below log2 R stay inside, and (1/R - 1/N) b go from machine to machine, and back. Beside the gradient's there are short
 sums: of the loss, and of what the ranks have to agree on.
 
-With overlap the sum of a layer's gradient, s_k, begins when it is there, while the layers below are still gone through.
-B_k is what is left to compute then, k being counted from the lowest layer. The sums go one after the other; so after
-the last gradient they go on for the largest of s_0 + ... + s_k - B_k.
+With overlap, as between GPUs, a layer's gradient is summed as soon as it is there, while the layers below are still
+gone through: that takes s_k, and B_k is what is left to compute, k being counted from the lowest layer. The sums go one
+after the other; so after the last gradient they go on for the largest of s_0 + ... + s_k - B_k.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from itertools import pairwise
 from math import inf
 
 from gpu_bp.errors import UserError, nearest
+from gpu_bp.network import Layout
+from gpu_bp.sharded_gradient import TOGETHER, ready
 from gpu_bp.tree_sum import SMALL
 
 SHORT = 8  # bytes of a short sum
-TURN = 4e-4  # seconds, the least that a message takes where ranks take turns on cores: see docs/scaling.md
+TURN = 1.7e-4  # seconds, the least that a message takes where ranks take turns on cores: see docs/scaling.md
 ENOUGH = 0.8  # efficiency
 MOST = 2**10  # times as many rows, or as fast links, are thought of at most
 
@@ -53,7 +55,7 @@ class Link:
 # memory: measured, as docs/scaling.md says. The others are on paper. Bandwidth by NVIDIA's data sheets: NVLink of an
 # H100, 900 GB/s both ways together; NDR InfiniBand, 400 Gb/s, a port for each GPU. Latency as NCCL reckons a message of
 # its simple protocol (its src/graph/tuning.cc): 8.4 us for what is launched, 3.4 us by NVLink, 14.0 us by a network.
-LINKS = {"memory": Link(3e-6, 5e9), "nvlink4": Link(11.8e-6, 450e9), "ndr400": Link(22.4e-6, 50e9)}
+LINKS = {"memory": Link(8.4e-6, 15e9), "nvlink4": Link(11.8e-6, 450e9), "ndr400": Link(22.4e-6, 50e9)}
 
 
 def link_of(text: str) -> Link:
@@ -108,18 +110,23 @@ class Work:
     """What there is to do in a step.
 
     rows: of all ranks. compute: by the number of ranks, 1, 2, 4 and so on, the seconds that one of them takes for the
-    gradient of its rows. update: seconds. n_bytes: of the gradient. weights: of each layer, so many. leaf_rows: so many
-    are worked on at a time; on the way back of the last of them sums can travel. short_sums: so many a step, on
-    average.
+    gradient of its rows. update: seconds. weights: of each layer, so many. parts: bytes of the gradient, those of each
+    array that can be summed when a layer is done. leaf_rows: so many are worked on at a time; on the way back of the
+    last of them sums can travel. short_sums: so many a step, on average.
     """
 
     rows: int
     compute: Mapping[int, float]
     update: float
-    n_bytes: int
     weights: Sequence[int]
+    parts: Sequence[Sequence[int]]
     leaf_rows: int
     short_sums: float = 2.0
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the gradient."""
+        return sum(map(sum, self.parts))
 
     def seconds(self, ranks: int, times: int) -> float:
         """Of the gradient on one of so many ranks, where a step has `times` the rows."""
@@ -163,9 +170,8 @@ class Scaling:
         work, cluster, turns = self.work, self.cluster, self.cluster.turns(ranks)
         compute, rows, sums, after = turns * work.seconds(ranks, times), times * work.rows, 0.0, 0.0
         last_leaf = compute * min(1.0, work.leaf_rows * ranks / rows)
-        parts = [work.n_bytes * n / sum(work.weights) for n in work.weights] if self.overlap else [work.n_bytes]
-        for part, left in zip(parts, work.left(), strict=False):
-            sums += cluster.sum_seconds(part, ranks)
+        for parts, left in zip(work.parts if self.overlap else [[work.n_bytes]], work.left(), strict=False):
+            sums += sum(cluster.sum_seconds(part, ranks) for part in parts)
             after = max(after, sums - last_leaf * left)
         short = work.short_sums * cluster.sum_seconds(SHORT, ranks)
         return Point(ranks, rows, compute, after + short, turns * work.update)
@@ -201,6 +207,11 @@ class Scaling:
             "cores": replace(self, cluster=replace(cluster, at_once=inf)).efficiency(n),
         }
         return {name: value for name, value in found.items() if value is not None and value >= ENOUGH}
+
+
+def parts_of(layout: Layout, layers: int, itemsize: int) -> list[list[int]]:
+    """Bytes of a gradient, those of each array that is summed when a layer is done: see `sharded_gradient.ready`."""
+    return [[(part.stop - part.start) * itemsize for part in parts] for parts in ready(layout, layers, TOGETHER)]
 
 
 def powers(most: int) -> list[int]:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from math import inf
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from gpu_bp.backends import Backend
 from gpu_bp.bench import MUCH, SECONDS, TRIES, endless, measure_sums, take_apart, take_steps
 from gpu_bp.config import Config
 from gpu_bp.data import load_data
 from gpu_bp.errors import UserError
+from gpu_bp.exchange import Exchange
 from gpu_bp.memory import size
 from gpu_bp.precision import PRECISIONS
-from gpu_bp.ranks import Alone
-from gpu_bp.scaling import ENOUGH, Cluster, Link, Scaling, Work, link_of, powers
+from gpu_bp.ranks import Alone, Ranks
+from gpu_bp.scaling import ENOUGH, Cluster, Link, Scaling, Work, link_of, parts_of, powers
+from gpu_bp.spec import Array
 from gpu_bp.timing import Timing
 from gpu_bp.trainer import Trainer
-
-T = TypeVar("T")
 
 HEADER = (
     *("ranks", "rows a rank", "compute ms", "sum ms", "update ms", "step ms"),
@@ -36,13 +36,32 @@ HELPS: dict[str, Callable[[Scaling, float], str]] = {
 
 
 class OneOf(Alone):
-    """Rank 0 of so many, of which the others are not there: it works on its shards, and sums are what it has."""
+    """Rank 0 of so many, of which the others are not there: it works on its own shards."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def all_gather(self, value: T) -> list[T]:
-        return [value] * self.size
+
+class Unheard:
+    """A backend that sums nothing over ranks, and does all else that another does."""
+
+    by = "not at all"
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.beside = backend.name != "numpy"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def exchange(self, ranks: Ranks) -> Exchange:
+        return self
+
+    def begin(self, arrays: Sequence[Array]) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
 
 
 def predict(
@@ -53,7 +72,7 @@ def predict(
     inside: str = "memory",
     across: str | None = None,
     per_machine: int | None = None,
-    overlap: bool = False,
+    overlap: bool | None = None,
     seconds: float = SECONDS,
 ) -> Scaling:
     """Measures what there is to do in a step of a config, and predicts how it scales.
@@ -61,6 +80,7 @@ def predict(
     Args:
         inside, across: the links within a machine and between two, as `link_of` takes them. per_machine: ranks of a
             machine, all of which are like this one; by default all ranks.
+        overlap: whether sums travel while the way back is gone; by default where devices send them themselves.
         seconds: how long steps are taken, of all numbers of ranks together; half as long again for their parts.
 
     Raises:
@@ -81,12 +101,13 @@ def predict(
     moved, _ = measure_sums(backend, PRECISIONS[config.train.precision].dtype)
     at_once = cores() / backend.division(*MUCH).workers if backend.name == "numpy" else inf
     cluster = Cluster(*links, per_machine, moved / 3, at_once)  # a sum reads two arrays and writes one
+    overlap = backend.name != "numpy" if overlap is None else overlap
     return Scaling(measure(config, backend, ranks, seconds), cluster, ranks, overlap)
 
 
 def measure(config: Config, backend: Backend, ranks: int, seconds: float) -> Work:
     """The work of 1, 2, 4, ... ranks, as the first of them does it by itself; of several tries the fastest."""
-    config, sizes = endless(config), powers(ranks)
+    config, sizes, backend = endless(config), powers(ranks), cast(Backend, Unheard(backend))
     dataset, taken = load_data(config, backend=backend), {}
     for n in sizes:
         trainer = Trainer(config, backend, dataset, OneOf(n))
@@ -100,8 +121,8 @@ def measure(config: Config, backend: Backend, ranks: int, seconds: float) -> Wor
         rows=trainer.step_rows,
         compute={n: max(0.0, step - update) for n, step in taken.items()},
         update=update,
-        n_bytes=network.parameters.nbytes,
         weights=[a * b for a, b in pairwise(network.widths)],
+        parts=parts_of(network.layout, len(network.layers), network.dtype.itemsize),
         leaf_rows=trainer.step.objective_of_parts.batch_size,
         short_sums=1 + 1 / backend.read_every,  # the loss; and whether to go on
     )

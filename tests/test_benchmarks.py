@@ -16,11 +16,7 @@ import pytest
 from conftest import ROOT
 from on_mpi import Mpi
 
-<<<<<<< HEAD
-from benchmarks import checkpoint, data, distributed, ranks, rounds, soak, step
-=======
-from benchmarks import checkpoint, data, rounds, scaling, soak, step
->>>>>>> c1c4935 (WIP gpu-bp scaling: a model of how a training scales over ranks, measured and on paper)
+from benchmarks import checkpoint, data, distributed, ranks, rounds, scaling, soak, step
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers.cells import Cell
 from gpu_bp.backends import Backend

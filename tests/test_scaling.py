@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,9 +22,8 @@ from benchmarks import scaling as benchmark
 from gpu_bp import UserError, parse_config, scaling_here
 from gpu_bp.backends import Backend
 from gpu_bp.cli import main
-from gpu_bp.ranks import Alone
 from gpu_bp.scaling import ENOUGH, LINKS, MOST, TURN, Cluster, Link, Scaling, Work, link_of, powers
-from gpu_bp.scaling_here import OneOf, lines, measure, predict, to_json
+from gpu_bp.scaling_here import OneOf, Unheard, lines, measure, predict, to_json
 from gpu_bp.trainer import Trainer
 from gpu_bp.tree_sum import SMALL, TreeSum
 
@@ -31,7 +31,7 @@ Tiny = Callable[..., dict[str, Any]]
 
 FREE = Link(0.0, inf)
 # A layer of 100 weights under one of 300; of a step's 1000 rows a rank computes its part, 250 at a time.
-WORK = Work(1000, {1: 40.0, 2: 20.0, 4: 10.0, 8: 5.0}, update=2.0, n_bytes=40_000, weights=[100, 300], leaf_rows=250)
+WORK = Work(1000, {1: 40.0, 2: 20.0, 4: 10.0, 8: 5.0}, 2.0, [100, 300], [[10_000], [30_000]], leaf_rows=250)
 NO_COST = Cluster(FREE, FREE, 8, inf)
 SLOW = Cluster(Link(1.0, 10_000.0), Link(2.0, 5_000.0), per_machine=2, additions=20_000.0)
 
@@ -181,15 +181,17 @@ def test_what_costs_more(cluster: Cluster, size: int, n_bytes: int, times: float
     assert replace(cluster, additions=cluster.additions * times).sum_seconds(n_bytes, size) <= seconds
 
 
-@given(
-    clusters, sizes, numbers, numbers, st.integers(1, 10**9), st.lists(st.integers(1, 10**6), min_size=1, max_size=5)
-)
+layers = st.lists(st.tuples(st.integers(1, 10**6), st.lists(st.integers(1, 10**9), max_size=2)), min_size=1, max_size=5)
+
+
+@given(clusters, sizes, numbers, numbers, layers)
 def test_what_is_efficient(
-    cluster: Cluster, size: int, compute: float, update: float, n_bytes: int, weights: list[int]
+    cluster: Cluster, size: int, compute: float, update: float, layers: list[tuple[int, list[int]]]
 ) -> None:
     """Where rows take their time wherever they are, no rank is faster than its part; more rows for each are better, and
     with overlap a step takes no less than what is computed, nor than what is sent."""
-    work = Work(2**20, {n: compute / n for n in powers(64)}, update, n_bytes, weights, 2**20)
+    weights, parts = zip(*layers, strict=True)
+    work = Work(2**20, {n: compute / n for n in powers(64)}, update, weights, parts, leaf_rows=2**20)
     for overlap in (False, True):
         scaling = Scaling(work, cluster, 64, overlap)
         efficiency, point = scaling.efficiency(size), scaling.point(size)
@@ -197,9 +199,9 @@ def test_what_is_efficient(
         assert scaling.efficiency(size, 2) >= efficiency * (1 - 1e-12)
         assert scaling.weak_efficiency(size) >= efficiency * (1 - 1e-12)
         assert point.step >= point.compute + point.update
-    sums = sum(cluster.sum_seconds(n_bytes * n / sum(weights), size) for n in weights)
-    assert point.step >= sums + update
-    assert point.sum <= sums + 2 * cluster.sum_seconds(8, size)
+    sums = sum(cluster.sum_seconds(part, size) for each in parts for part in each)
+    assert point.step >= (sums + update) * (1 - 1e-12)
+    assert point.sum <= (sums + 2 * cluster.sum_seconds(8, size)) * (1 + 1e-12)
 
 
 # What is said of it --------------------------------------------------------------------------------------------------
@@ -279,10 +281,16 @@ def test_links() -> None:
 # What is measured ----------------------------------------------------------------------------------------------------
 
 
-def test_one_of_several() -> None:
-    rank = OneOf(8)
-    assert isinstance(rank, Alone)
-    assert (rank.rank, rank.size, rank.all_gather("a")) == (0, 8, ["a"] * 8)
+def test_a_rank_that_nobody_hears(backend: Backend, tiny_config: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked of other ranks, nor of what is between them; layers are summed as the backend would."""
+    monkeypatch.setattr(type(backend), "exchange", None)
+    monkeypatch.setattr(OneOf, "sum_tree", None)
+    trainer = Trainer(parse_config(tiny_config(train={"shards": 8})), cast(Backend, Unheard(backend)), ranks=OneOf(8))
+    with closing(trainer.run()) as steps:
+        next(steps)
+    assert trainer.exchange is not None
+    assert trainer.exchange.beside == (backend.name == "cupy")
+    assert trainer.step.optimizer.steps == 1
 
 
 def test_what_is_measured(backend: Backend, tiny_config: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,6 +312,7 @@ def test_what_is_measured(backend: Backend, tiny_config: Tiny, monkeypatch: pyte
     assert work.compute == {n: pytest.approx(step - work.update) for n, step in steps.items()}
     assert 0 < work.update < 10.5
     assert work.weights == [2 * 5, 5 * 7, 7 * 1]
+    assert work.parts == [[4 * 128, 4 * 96], [], []]  # in one, since there are so few; and the biases
     assert work.leaf_rows == 5
     assert work.short_sums == (2 if backend.name == "numpy" else 1.01)
 
@@ -315,7 +324,7 @@ def test_real_steps(backend: Backend, tiny_config: Tiny) -> None:
     network = Trainer(config, backend).model.network
     assert scaling.work.n_bytes == network.layout.size * network.dtype.itemsize
     assert scaling.cluster.per_machine == 4
-    assert (scaling.cluster.at_once == inf) == (backend.name == "cupy")
+    assert (scaling.cluster.at_once == inf) == scaling.overlap == (backend.name == "cupy")
     assert scaling.cluster.additions > 0
     assert scaling.point(4).step > 0
 
