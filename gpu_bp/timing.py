@@ -60,7 +60,7 @@ OPERATIONS = {
 UNTIMED = (
     "libraries", "refuses", "zeros", "to_device", "to_host", "synchronize", "record", "together", "division", "numbers",
     "free_bytes", "scratch_bytes", "generator_bytes", "staging", "upload", "await_uploads", "finish_uploads",
-    "mark", "seconds", "span",
+    "mark", "seconds", "span", "exchange",
 )  # fmt: skip
 
 
