@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,16 +71,18 @@ def tree_sum(mpiexec: Path = MPIEXEC, size: int = BYTES) -> Ratio:
     return ratio(f"{what}: {library}", pairs, 1.2)
 
 
-def told_by_ranks(mpiexec: Path, words: list[object]) -> Any:
-    """What a module with these arguments prints on several ranks, as JSON.
+def told_by_ranks(mpiexec: Path, words: Sequence[object], n: int = RANKS, **environment: str) -> Any:
+    """What a module with these arguments prints on so many ranks, as JSON.
 
     Raises:
         subprocess.CalledProcessError: it fails.
     """
     # Open MPI asks twice whether root may
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    ranks = [str(word) for word in (mpiexec, "-n", RANKS, mpiexec.parent / "python", "-m", *words)]
-    done = subprocess.run(ranks, env={**os.environ, **root}, stdout=subprocess.PIPE, text=True, check=True)
+    ranks = [str(word) for word in (mpiexec, "-n", n, mpiexec.parent / "python", "-m", *words)]
+    done = subprocess.run(
+        ranks, env={**os.environ, **root, **environment}, stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(done.stdout)
 
 

@@ -155,9 +155,10 @@ def bench(config: Config, backend: Backend, *, seconds: float = SECONDS, profile
     """
     if profile and backend.name == "numpy":
         raise UserError("--profile writes NVTX ranges, which NumPy has not: it needs CUDA, --backend cupy")
-    config = _endless(config)
-    taken = _steps(config, backend, seconds, profile)
-    phases = _phases(config, backend, seconds / 2, profile)
+    config = endless(config)
+    taken = take_steps(Trainer(config, backend), seconds, profile=profile)
+    timing = Timing(backend, spans=profile)
+    phases = take_apart(Trainer(config, cast(Backend, timing)), timing, seconds / 2, profile=profile)
     precision = config.train.precision
     return Bench(
         backend=backend.name,
@@ -170,15 +171,15 @@ def bench(config: Config, backend: Backend, *, seconds: float = SECONDS, profile
     )
 
 
-def _endless(config: Config) -> Config:
+def endless(config: Config) -> Config:
     """The same training without an end, and without a line of metrics, so that nothing is evaluated."""
     train = {"epochs": None, "steps": ENDLESS, "log_every": ENDLESS}
     return config.model_copy(update={"train": config.train.model_copy(update=train)})
 
 
-def _steps(config: Config, backend: Backend, seconds: float, profile: bool) -> dict[str, Any]:
-    """Takes steps as a training does: what a `Bench` says of them."""
-    trainer, over = Trainer(config, backend), False
+def take_steps(trainer: Trainer, seconds: float, *, profile: bool = False) -> dict[str, Any]:
+    """Takes steps as a training does, for so long: what a `Bench` says of them."""
+    backend, over = trainer.model.network.backend, False
     with closing(trainer.run(lambda: "measured" if over else "", together=True)) as steps:
 
         def take(seconds: float, least: int) -> float:
@@ -206,17 +207,16 @@ def _steps(config: Config, backend: Backend, seconds: float, profile: bool) -> d
         return measured
 
 
-def _phases(config: Config, backend: Backend, seconds: float, profile: bool) -> dict[str, Spent]:
-    """What a step spends in each phase, one operation at a time."""
-    timing = Timing(backend, spans=profile)
-    with closing(plain_steps(Trainer(config, cast(Backend, timing)), timing)) as steps:
+def take_apart(trainer: Trainer, timing: Timing, seconds: float, *, profile: bool = False) -> dict[str, Spent]:
+    """What a step of a trainer whose backend is timed spends in each phase, one operation at a time."""
+    with closing(plain_steps(trainer, timing)) as steps:
         for _ in range(WARM_UP):
             next(steps)
         timing.settle()
         timing.reset()
         begin = time.perf_counter()
         for n in itertools.count(1):
-            with backend.span("step, one operation at a time") if profile else nullcontext():
+            with timing.span("step, one operation at a time") if profile else nullcontext():
                 next(steps)
             over = time.perf_counter() - begin >= seconds
             if over or n % SETTLED == 0:
@@ -248,7 +248,7 @@ def measure_peak(backend: Backend, precision: str) -> Peak:
     """The best of several tries, in arrays of that precision: what there is room for."""
     chosen = PRECISIONS[precision]
     products = _products(backend, stored(chosen.products, chosen.dtype), chosen.arithmetic)
-    return Peak(*products, *_sums(backend, chosen.dtype))
+    return Peak(*products, *measure_sums(backend, chosen.dtype))
 
 
 def _products(backend: Backend, dtype: Any, arithmetic: str) -> tuple[float, int]:
@@ -265,7 +265,7 @@ def _products(backend: Backend, dtype: Any, arithmetic: str) -> tuple[float, int
     return best, largest
 
 
-def _sums(backend: Backend, dtype: str) -> tuple[float, int]:
+def measure_sums(backend: Backend, dtype: str) -> tuple[float, int]:
     """Bytes a second, and those of an array: its parts at once, by all workers."""
     n = min(SUMMED, backend.free_bytes() // 6) // np.dtype(dtype).itemsize
     arrays = _arrays(backend, (n,), dtype)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import os
 import platform
@@ -26,9 +25,20 @@ from rich.console import Console
 
 from gpu_bp import gradcheck, memory
 from gpu_bp.backends import select
-from gpu_bp.bench import SECONDS
-from gpu_bp.bench import bench as measure
 from gpu_bp.build import build_network
+from gpu_bp.cli_measuring import bench, scaling
+from gpu_bp.cli_options import (
+    BackendOption,
+    ChangeOption,
+    ConfigArgument,
+    JsonOption,
+    ModelOption,
+    OverridesArgument,
+    QuietOption,
+    RunArgument,
+    TrustOption,
+    print_json,
+)
 from gpu_bp.config import Config
 from gpu_bp.config_file import load_config
 from gpu_bp.data import load_data
@@ -40,7 +50,7 @@ from gpu_bp.interruption import Signals
 from gpu_bp.model import Model
 from gpu_bp.progress import watch
 from gpu_bp.ranks import join
-from gpu_bp.run_folder import RunFolder, finite
+from gpu_bp.run_folder import RunFolder
 from gpu_bp.runs import Lines, Result
 from gpu_bp.runs import evaluate as evaluate_run
 from gpu_bp.runs import resume as resume_run
@@ -54,21 +64,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-BackendOption = Annotated[str, typer.Option(help="auto, numpy or cupy; auto takes a GPU where one computes.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-TrustOption = Annotated[bool, typer.Option("--trust-code", help="Run the code that the run names as MODULE:OBJECT.")]
-ChangeOption = Annotated[
-    list[str] | None, typer.Option(metavar="KEY", help="A key or table of the config, or data, that may have changed.")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
-ModelOption = Annotated[str, typer.Option(help="model; or last, or average, where the run has them.")]
-RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
-ConfigArgument = Annotated[Path, typer.Argument(help="A config file (TOML).")]
-OverridesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Keys to change: train.epochs=5 network.hidden=[64,64]"),
-]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -215,7 +210,7 @@ def evaluate(
     """Compute a run's metrics on its splits again."""
     result = evaluate_run(run, model=model, backend=backend, trust_code=trust_code)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         print("\n".join(_sentences(result)))
 
@@ -293,32 +288,15 @@ def check(
     results = check_gradients(network, loss, split.inputs, split.targets, split.weights, noise=noise)
     passed = all(worst.passed for worst in results)
     if as_json:
-        _print_json({"passed": passed, "tolerance": TOLERANCE, "arrays": [worst.to_json() for worst in results]})
+        print_json({"passed": passed, "tolerance": TOLERANCE, "arrays": [worst.to_json() for worst in results]})
     else:
         print("\n".join(gradcheck.table(results)))
         print("the gradients agree" if passed else f"the gradients do not agree to {TOLERANCE:g}")
     return 0 if passed else 1
 
 
-@app.command()
-def bench(
-    config: ConfigArgument,
-    overrides: OverridesArgument = None,
-    backend: BackendOption = "auto",
-    seconds: Annotated[float, typer.Option(min=0, help="How long steps are timed.")] = SECONDS,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Write NVTX ranges: nsys profile gpu-bp bench ... --profile.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Say how long a config's steps take, where the time goes, and how much of the machine is used; writes nothing."""
-    parsed = load_config(config, overrides or [])
-    chosen, why = select(backend)
-    measured = measure(parsed, chosen, seconds=seconds, profile=profile)
-    if as_json:
-        _print_json(measured.to_json())
-    else:
-        print("\n".join([why, *measured.lines()]))
+for command in (bench, scaling):
+    app.command()(command)
 
 
 @app.command()
@@ -355,7 +333,7 @@ def info(
         facts = {**asdict(need), "total": need.total, "free": free, "fits": not message}
         lines = [why, *memory.table(need, free)]
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         print("\n".join(lines))
     if message:
@@ -365,7 +343,7 @@ def info(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a config file."""
-    _print_json(Config.model_json_schema())
+    print_json(Config.model_json_schema())
 
 
 def _sentences(summary: dict[str, Any]) -> list[str]:
@@ -386,7 +364,3 @@ def _csv(names: list[str], columns: list[np.ndarray]) -> str:
     writer.writerow(names)
     writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
     return text.getvalue()
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(finite(value), indent=2, allow_nan=False))

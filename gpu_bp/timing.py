@@ -60,7 +60,7 @@ OPERATIONS = {
 UNTIMED = (
     "libraries", "refuses", "zeros", "to_device", "to_host", "synchronize", "record", "together", "division", "numbers",
     "free_bytes", "scratch_bytes", "generator_bytes", "staging", "upload", "await_uploads", "finish_uploads",
-    "mark", "seconds", "span",
+    "mark", "seconds", "span", "exchange",
 )  # fmt: skip
 
 
@@ -132,13 +132,16 @@ class Timing:
 
     def record(self, run: Action, worker: int = 0) -> Action:
         recorded: list[tuple[Action, _Call]] = []
-        self._recorded, self._back = recorded, False
+        outer, self._recorded, self._back = self._recorded, recorded, False
         try:
             run()
         finally:
-            self._recorded = None
+            self._recorded = outer
 
         def play() -> None:
+            if self._recorded is not None:  # within another recording, of which it becomes a part
+                self._recorded.extend(recorded)
+                return
             for action, call in recorded:
                 self._book(call, self._ended(action, call.name))
 

@@ -14,8 +14,9 @@ from types import ModuleType
 
 import pytest
 from conftest import ROOT
+from on_mpi import Mpi
 
-from benchmarks import checkpoint, data, distributed, ranks, rounds, soak, step
+from benchmarks import checkpoint, data, distributed, ranks, rounds, scaling, soak, step
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers.cells import Cell
 from gpu_bp.backends import Backend
@@ -106,9 +107,33 @@ def test_soak_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert [min(held[when].values()) > 0 for when in ("begin", "end")] == [True, True]
 
 
+@pytest.mark.mpi
+def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sums and steps on 1, 2 and 4 ranks are measured and predicted; what it prints is also what it writes."""
+    file = tmp_path / "report.json"
+    mpiexec = str(Mpi("mpich").mpiexec)
+    scaling.main(["--little", "--rounds", "1", "--seconds", "0", "--mpiexec", mpiexec, "--json", str(file)])
+    report, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert [(check["what"], check["ranks"]) for check in report["checks"]] == [
+        *((f"sum of {size}", n) for n in (2, 4) for size in ("1.0 KiB", "1.0 MiB")),
+        *(("step of 3 x 8, batch 16", n) for n in (1, 2, 4)),
+    ]
+    for check in report["checks"]:
+        assert min(check["predicted"], check["measured"], check["usual"]) > 0
+        assert f"| {1e3 * check['predicted']:.3g} | {1e3 * check['measured']:.3g} |" in printed
+    assert list(report["links"]) == ["2", "4"]
+
+
+def test_scaling_on_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is measured for it; that docs/scaling.md has it is in test_scaling.py."""
+    scaling.main(["--paper"])
+    assert capsys.readouterr().out.count("| 1,024 | ") >= len(scaling.NETWORKS)
+
+
 @pytest.mark.parametrize(
     ("benchmark", "arguments", "message"),
     [
+        (scaling, ["--mpiexec", "no/mpiexec"], "error: no mpi4py, or no MPI beside it: pip install 'gpu_bp[mpi]'"),
         (peers, ["--rounds", "1"], "argument --rounds: must be at least 2, not 1"),
         (checkpoint, ["--rounds", "0"], "argument --rounds: must be at least 1, not 0"),
         (data, ["--gib", "nan"], "argument --gib: must be at least 0.001, not nan"),

@@ -295,7 +295,7 @@ def test_errors_are_one_line(cli: Cli, write: Callable[..., Path], arguments: li
 
 def test_cupy_never_falls_back(cli: Cli, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a usable GPU, `cupy` says what was tried and why it failed; `auto` says which it took and why."""
-    monkeypatch.setattr(backends, "_cupy", lambda: (None, "no CUDA driver or device: planted"))
+    monkeypatch.setattr(backends, "_cupy", lambda _: (None, "no CUDA driver or device: planted"))
     status, _, err = cli("train", write(), "--backend", "cupy")
     assert status == 2
     assert err == (
