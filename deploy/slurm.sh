@@ -5,19 +5,21 @@
 #
 # Some minutes before its time is over Slurm sends SIGTERM to the tasks of srun (so without `B:`, which would send it to
 # this script; and srun would answer a SIGTERM by killing them). The training pauses, what was trained is saved, it ends
-# with 143, and the job is queued again to go on. So it is where it was killed or aborted, at most RESTARTS times, and,
-# by Slurm itself (--requeue), where a machine failed. To pause it for good: scancel --signal=INT JOB; to end it:
-# scancel JOB.
+# with 143, and the job is queued again to go on. So it is where it was killed or aborted, as long as it was queued again
+# fewer than RESTARTS times, for whatever reason (10; a training of weeks needs more), and, by Slurm itself (--requeue),
+# where a machine failed. To pause it for good: scancel --signal=INT JOB; to end it: scancel JOB.
 #SBATCH --job-name=gpu-bp
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
-#SBATCH --gpus-per-task=1
+#SBATCH --gpus-per-node=4
+#SBATCH --gpu-bind=none
 #SBATCH --cpus-per-task=4
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -u
+# All GPUs of a machine are seen by its tasks, each of which takes its own: NCCL connects them better then.
 
 config=$1 run=$2
 shift 2

@@ -17,25 +17,28 @@ from gpu_bp.training_state import restore, take
 log = logging.getLogger("gpu_bp")
 
 
-def refuse_another_config(config: Config, ranks: Ranks) -> None:
-    """Raises UserError, on all ranks, where one has another config than rank 0."""
-    for rank, how in _unlike(plain(config), ranks):
-        raise UserError(f"rank {rank} has another config: {how}; give all ranks the same one")
+def refuse_unlike(config: Config, environment: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raises UserError, on all ranks, where one has another config than rank 0, another backend or another gpu_bp.
 
-
-def refuse_other_data(data: Mapping[str, Any], environment: Mapping[str, Any], ranks: Ranks) -> None:
-    """Raises UserError, on all ranks, where one has other data than rank 0, another backend or another gpu_bp.
-
-    Where it has other libraries or another processor, rank 0 warns of it.
+    Where it has other libraries or another processor, rank 0 warns of it. To be asked before anything else, since what
+    ranks say to each other is another matter on another backend.
 
     Args:
-        data: as `identity` says what they are. environment: as of `gpu_bp.environment`.
+        environment: as of `gpu_bp.environment`.
     """
-    for rank, how in _unlike({**data, **{name: environment[name] for name in ("gpu_bp", "backend")}}, ranks):
+    for rank, how in _unlike(plain(config), ranks):
+        raise UserError(f"rank {rank} has another config: {how}; give all ranks the same one")
+    for rank, how in _unlike({name: environment[name] for name in ("gpu_bp", "backend")}, ranks):
         raise UserError(f"rank {rank} does not train on the same: {how}")
     for rank, how in _unlike({name: fact for name, fact in environment.items() if name != "threads"}, ranks):
         if ranks.rank == 0:
             log.warning(f"the last bits of rank {rank} may be others than those of rank 0: {how}")
+
+
+def refuse_other_data(data: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raises UserError, on all ranks, where one has other data than rank 0, by what `identity` says they are."""
+    for rank, how in _unlike(data, ranks):
+        raise UserError(f"rank {rank} does not train on the same: {how}")
 
 
 def _unlike(facts: Mapping[str, Any], ranks: Ranks) -> list[tuple[int, str]]:
@@ -54,11 +57,14 @@ def told(ranks: Ranks) -> Any:
     return ranks.broadcast(nothing)
 
 
-def tell_state(trainer: Trainer | None, ranks: Ranks) -> None:
-    """Rank 0 tells the others the state that all go on from, its arrays one by one; or None, to begin."""
+def tell_state(trainer: Trainer, ranks: Ranks) -> None:
+    """Rank 0 tells the others the state that all go on from, its arrays one by one.
+
+    Where they begin too: weights that are read from a file, or computed by another library, need not be the same.
+    """
     if ranks.size == 1:
         return
-    state, tensors = take(trainer) if trainer else (None, {})
+    state, tensors = take(trainer)
     ranks.broadcast((state, list(tensors)))
     for tensor in tensors.values():
         ranks.broadcast(tensor)
@@ -67,9 +73,7 @@ def tell_state(trainer: Trainer | None, ranks: Ranks) -> None:
 def _go_on_as_told(trainer: Trainer, ranks: Ranks) -> None:
     """Takes on what `tell_state` tells."""
     state, names = told(ranks)
-    tensors = {name: told(ranks) for name in names}
-    if state is not None:
-        restore(trainer, state, tensors)
+    restore(trainer, state, {name: told(ranks) for name in names})
 
 
 def may_go_back(trainer: Trainer) -> bool:

@@ -24,7 +24,7 @@ from typing import NamedTuple, NoReturn, Self, TypeVar, cast
 import numpy as np
 from mpi4py import MPI
 
-from gpu_bp.errors import in_words
+from gpu_bp.errors import Diverged, in_words
 from gpu_bp.ranks import write_line
 from gpu_bp.tree_sum import TreeSum, halving
 
@@ -124,7 +124,9 @@ class Mpi:
     ) -> None:
         own = _outcome(error)
         try:
-            outcomes = self._end(own)
+            # those that have diverged have seen it together, and one of them may be saving its network
+            hurries = self._on_devices and not isinstance(error, Diverged)
+            outcomes = self._end(own, ON_DEVICES if hurries else PATIENCE)
         except BaseException:  # Ctrl-C again
             outcomes = []
         if not outcomes:
@@ -138,10 +140,9 @@ class Mpi:
             write_line("\n".join(filter(None, (f"error: rank {failed}: {first.line}", first.trace))))
         raise SystemExit(first.status) from None
 
-    def _end(self, own: _Outcome) -> list[_Outcome]:
+    def _end(self, own: _Outcome, patience: float) -> list[_Outcome]:
         """What came of each rank, once all have ended; none where another goes on."""
         comm, outcomes, begin = self._comm, {self.rank: own}, time.monotonic()
-        patience = ON_DEVICES if self._on_devices else PATIENCE
         for partner in self._partners:
             sent = comm.isend(outcomes, partner, END)
             while not comm.iprobe(partner, END):

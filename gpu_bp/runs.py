@@ -23,7 +23,7 @@ from gpu_bp.data.source import Source
 from gpu_bp.data.sources import settle
 from gpu_bp.environment import environment
 from gpu_bp.errors import Diverged, UserError
-from gpu_bp.following import follow, may_go_back, refuse_another_config, refuse_other_data, tell_state, told
+from gpu_bp.following import follow, may_go_back, refuse_other_data, refuse_unlike, tell_state, told
 from gpu_bp.lock import Lock
 from gpu_bp.memory import out_of_memory
 from gpu_bp.model import Model
@@ -86,7 +86,7 @@ def train(
     begun = time.monotonic()
     config, ranks = _config(config), ranks or Alone()
     backend = _backend(backend, ranks.local_rank)
-    refuse_another_config(config, ranks)
+    refuse_unlike(config, environment(backend), ranks)
     limit, enough = config.train.max_minutes, False
 
     def stop() -> str:
@@ -96,11 +96,11 @@ def train(
 
     if ranks.rank:
         trainer = Trainer(config, backend, _dataset(config, sources, backend), ranks)
-        refuse_other_data(identity(config, trainer.dataset), environment(backend), ranks)
+        refuse_other_data(identity(config, trainer.dataset), ranks)
         try:
             follow(trainer, stop, ranks)
         except MemoryError:
-            raise out_of_memory(config, trainer.dataset, backend, trainer.steps + 1) from None
+            raise out_of_memory(config, trainer.dataset, backend, trainer.steps + 1, ranks) from None
         summary, folder_of_0 = told(ranks)
         return Result(summary, trainer.model, folder_of_0, [])
     path = Path(run) if run is not None else None
@@ -122,7 +122,7 @@ def train(
             "environment": environment(backend),
             "data": identity(config, trainer.dataset),
         }
-        refuse_other_data(described["data"], described["environment"], ranks)
+        refuse_other_data(described["data"], ranks)
         if resuming:
             folder, checkpoints = resuming.folder, resuming.checkpoints
             resuming.restore(trainer, described)
@@ -137,7 +137,7 @@ def train(
         saving = held.enter_context(closing(Saving(trainer, folder, checkpoints, described)))
         if resuming and resuming.changed:
             saving.save()  # a change was allowed once, and need not be again
-        tell_state(trainer if resuming else None, ranks)
+        tell_state(trainer, ranks)
         steps = held.enter_context(closing(_steps(trainer, folder, checkpoints, saving, stop, ranks)))
 
         def watched() -> Lines:

@@ -51,17 +51,19 @@ class Trainer:
         self, config: Config, backend: Backend, dataset: Dataset | None = None, ranks: Ranks | None = None
     ) -> None:
         self._ranks = ranks = ranks or Alone()
+        if ranks.size > 1:  # where the rows lie says in which order they come
+            backend.resident_bytes = min(ranks.all_gather(backend.resident_bytes))
         dataset = dataset or load_data(config, backend=backend)
+        self.exchange = backend.exchange(ranks) if ranks.size > 1 else None  # before it is asked what is free
         refuse_too_large(config, dataset, backend, ranks)
         train, loss = config.train, config.loss.record()
         network = build_network(config, dataset, backend)
         self.config = config
         self.dataset = dataset
         self.model = Model(network, dataset.preparation, loss)
-        sources, self.where_data = settle(backend, dataset.sources, config.data.residency, network.dtype)
+        sources, self.where_data = settle(backend, dataset.sources, config.data.residency, network.dtype, ranks)
         self._sharding = build_sharding(config, network, sources["train"], ranks)
         self._evaluators = evaluators(network, loss, sources, config, ranks)
-        self.exchange = backend.exchange(ranks) if ranks.size > 1 else None
         self.batches = build_batches(config, sources["train"], backend, network.dtype, self._sharding)
         per_epoch = self.batches.per_epoch
         self.total_steps = train.total_steps(per_epoch)
@@ -87,6 +89,8 @@ class Trainer:
         self.steps = self.rows = self.epoch = self.epoch_step = self.rewinds = 0
         self.seconds = 0.0
         self.stopped, self.paused = "", False
+        # of what the ranks ask each other: after which step they last did, and when; and after which they do next
+        self._asked, self._ask_at = (0, 0.0), 0
 
     def _build_step(self) -> Step:
         """The training step, with all that the config asks of it."""
@@ -113,8 +117,16 @@ class Trainer:
         )
 
     def _agreed(self, reason: str) -> str:
-        """The reason to pause that any of the ranks has, the same on all of them."""
-        return next(filter(None, self._ranks.all_gather(reason)), "")
+        """The reason to pause that any of the ranks has, the same on all of them.
+
+        Where they need not wait for each other after each step, they ask again in a second or so.
+        """
+        (before, then), now = self._asked, time.perf_counter()
+        pace = (self.steps - before) / max(now - then, 1e-9)  # steps a second
+        most = self.model.network.backend.read_every
+        said = self._ranks.all_gather((reason, max(1, min(most, int(pace)))))
+        self._asked, self._ask_at = (self.steps, now), self.steps + min(steps for _, steps in said)
+        return next(filter(None, (each for each, _ in said)), "")
 
     def _build_schedule(self) -> Schedule:
         section = self.config.schedule
@@ -166,6 +178,8 @@ class Trainer:
         optimizer, read_every = self.step.optimizer, self.model.network.backend.read_every
         free = self._free if together else lambda: 1
         begin, asked = time.perf_counter() - self.seconds, ""
+        self._asked = self.steps, time.perf_counter()
+        self._ask_at = self.steps + 1
         if self.paused:
             self.stopped, self.paused = "", False
         # where a training diverges it is told why; NumPy's warnings would only come before it
@@ -182,11 +196,10 @@ class Trainer:
                     self.steps += batch.steps
                     self.go_to(epoch, self.epoch_step + batch.steps)
                     last, due = self.steps == self.total_steps, self.steps % self._log_every == 0
-                    look = last or due or self.steps // read_every > before // read_every
                     asked = asked or stop()
-                    # several ranks tell each other when they wait for the device anyway
-                    reason = self._agreed(asked) if look or self._ranks.size == 1 else ""
-                    if look or reason:
+                    ask = last or due or self.steps >= self._ask_at or self._ranks.size == 1
+                    reason = self._agreed(asked) if ask else ""
+                    if last or due or reason or self.steps // read_every > before // read_every:
                         bad = self.step.diverged()  # waits for the device
                         if bad is not None:
                             break

@@ -22,7 +22,7 @@ import numpy as np
 sys.modules["gpu_bp"] = types.ModuleType("gpu_bp")
 sys.modules["gpu_bp"].__path__ = [str(Path(__file__).parents[1] / "gpu_bp")]
 
-from gpu_bp.errors import UserError  # noqa: E402
+from gpu_bp.errors import Diverged, UserError  # noqa: E402
 from gpu_bp.ranks import Ranks, join, write_line  # noqa: E402
 
 # an empty array, odd ones, those around the size up to which all is swapped, and one of several pieces
@@ -134,6 +134,22 @@ def impatient(fault: Callable[[Ranks], object]) -> Callable[[Ranks], None]:
     return case
 
 
+def on_devices(case: Callable[[Ranks], None]) -> Callable[[Ranks], None]:
+    """Ranks may wait for each other unseen, for which who fails has little patience."""
+
+    def act(ranks: Ranks) -> None:
+        sys.modules["gpu_bp.mpi"].ON_DEVICES = 1.0  # type: ignore[attr-defined]
+        ranks.wait_on_devices()
+        case(ranks)
+
+    return act
+
+
+def saves(ranks: Ranks) -> None:
+    time.sleep(3)
+    write_line("saved")
+
+
 def raises(error: BaseException) -> Callable[[Ranks], None]:
     def fault(ranks: Ranks) -> None:
         raise error
@@ -162,7 +178,9 @@ CASES: dict[str, Callable[[Ranks], dict[str, Any] | None]] = {
     "killed": on_one(is_killed),
     "user-error-at-the-end": on_one(raises(UserError(BROKEN)), lambda ranks: None),
     "user-error-meanwhile": on_one(impatient(raises(UserError(BROKEN))), lambda ranks: time.sleep(1000)),
-    "user-error-while-one-saves": on_one(raises(UserError(BROKEN)), lambda ranks: time.sleep(3)),
+    "user-error-while-one-saves": on_one(raises(UserError(BROKEN)), saves),
+    "user-error-on-devices": on_devices(on_one(raises(UserError(BROKEN)), lambda ranks: time.sleep(1000))),
+    "diverged-on-devices-while-one-saves": on_devices(on_one(raises(Diverged(BROKEN)), saves)),
     "all-interrupted": lambda ranks: sys.exit(143),
     "user-error-on-all": raises(UserError(BROKEN)),
     "aborted": on_one(lambda ranks: ranks.abort("no reason", 7)),

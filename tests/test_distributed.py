@@ -12,6 +12,8 @@ from on_mpi import PREFIXES, Done, Mpi, errors
 from train_on_ranks import config_of
 from trainings import GRID, TRAININGS, last_checkpoint, outcome, train, write_data
 
+from gpu_bp import NumpyBackend
+
 pytestmark = pytest.mark.mpi
 WHOLE = [name for name in TRAININGS if "shards" not in TRAININGS[name].get("train", {})]  # that go on to their end
 NAMES = [*WHOLE, "rewinds", *GRID]
@@ -69,6 +71,31 @@ def test_ranks_and_threads(mpich: Mpi, tmp_path: Path) -> None:
         assert [(folder / f"workers of {rank}").read_text() for rank in range(n)] == [str(threads)] * n
         found.append(told(folder / "large", folder))
     assert found[1:] == found[:1] * 3
+
+
+@pytest.mark.parametrize("what", ["memory", "full", "weights"])
+def test_a_rank_unlike_the_others(what: str, mpich: Mpi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows lie, and so their order, is the same on all, if one has less memory; and all have rank 0's weights."""
+    done = start(mpich, 2, tmp_path, "noise", UNLIKE=what)
+    assert (done.returncode, errors(done)) == (0, []), done.stderr
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    write_data(folder)
+    if what != "weights":
+        monkeypatch.setattr(NumpyBackend, "resident_bytes", 0)
+    train(config_of("noise", folder), run=folder / "noise", backend="numpy")
+    one, other = told(tmp_path / "noise", tmp_path), told(folder / "noise", folder)
+    assert one["summary"].pop("data").startswith(other["summary"].pop("data").split("(")[0])
+    assert one == other
+
+
+def test_another_backend(mpich: Mpi, tmp_path: Path) -> None:
+    """Is refused before the ranks say anything that only one of them understands."""
+    done = start(mpich, 2, tmp_path, "noise", UNLIKE="backend")
+    assert done.returncode == 2
+    assert errors(done) == [
+        "error: rank 0: rank 1 does not train on the same: backend is another there, and numpy on rank 0"
+    ]
 
 
 def test_who_watches_has_enough(mpich: Mpi, tmp_path: Path) -> None:

@@ -15,8 +15,12 @@ from on_mpi import PREFIXES, Done, Mpi, ended, errors
 from trainings import COMMON, ON_HOST
 
 import gpu_bp
-from gpu_bp import UserError, dump_config, parse_config
+from gpu_bp import NumpyBackend, UserError, dump_config, parse_config
+from gpu_bp.data import load_data
+from gpu_bp.memory import estimate, size
+from gpu_bp.ranks import Alone
 from gpu_bp.run_folder import RunFolder
+from gpu_bp.scaling_here import OneOf
 
 pytestmark = [
     pytest.mark.mpi,
@@ -191,7 +195,14 @@ def test_data_that_go_away(mpich: Mpi, fault: str, said: str, folder: Path) -> N
 
 def test_memory_that_runs_out(mpich: Mpi, folder: Path) -> None:
     line = line_of(train(mpich, folder, metric("runs_out", folder)))
-    assert re.match("rank 1: out of memory at step 8: the training needs about ", line)
+    needed = re.match("rank 1: out of memory at step 8: the training needs about ([^,]+), ", line)
+    assert needed
+    # as much as is counted for one of two ranks, and not for one by itself
+    own = [f"data.{name}={folder}/0/{name}.npy" for name in ("inputs", "targets")]
+    config = gpu_bp.load_config(folder / "config.toml", own)
+    dataset, backend = load_data(config), NumpyBackend()
+    wanted, alone = (size(estimate(config, dataset, backend, ranks).total) for ranks in (OneOf(2), Alone()))
+    assert needed[1] == wanted != alone
 
 
 def test_a_bug(mpich: Mpi, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from on_mpi import PREFIXES, Mpi, errors, on_ranks
 
 from benchmarks import distributed, ranks
 from benchmarks.peers.cells import Cell
-from gpu_bp import NumpyBackend, UserError
+from gpu_bp import NumpyBackend, Trainer, UserError, parse_config
 from gpu_bp.ranks import Alone, join, launched
 from gpu_bp.tree_sum import halving
 
@@ -98,6 +99,8 @@ MORE_FAULTS = {
     "return": (1, "ended while other ranks go on"),
     "return-while-told": (1, "ended while other ranks go on"),
     "user-error-while-one-saves": (2, "rows.csv: line 3 is broken"),
+    "user-error-on-devices": (2, "rows.csv: line 3 is broken"),
+    "diverged-on-devices-while-one-saves": (2, "rows.csv: line 3 is broken"),
     "user-error-meanwhile": (2, "rows.csv: line 3 is broken"),
     "aborted": (7, "no reason"),
 }
@@ -109,6 +112,7 @@ def test_a_fault_on_one_rank_ends_all(mpi: Mpi, fault: str) -> None:
     done = mpi.run(2, fault)
     assert (done.returncode, errors(done)) == (status, [f"error: rank 1: {line}"])
     assert ("Traceback" in done.stderr) == (fault == "raise")
+    assert ("saved\n" in done.stderr) == fault.endswith("while-one-saves")
 
 
 @pytest.mark.parametrize("fault", MORE_FAULTS)
@@ -226,6 +230,39 @@ def test_more_ranks_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("gpu_bp.ranks.os.environ", environment)
         _yield_where_crowded()
         assert environment.get("MPIR_CVAR_ENABLE_HEAVY_YIELD") == told
+
+
+class Two(Alone):
+    """The first of two ranks, of which the other takes as long for everything, and wants to pause at some time."""
+
+    size = 2
+
+    def __init__(self, trainer: list[Trainer], paces: list[int]) -> None:
+        self.asked: list[int] = []
+        self._trainer = trainer
+        self._paces = paces
+
+    def all_gather(self, value: Any) -> list[Any]:
+        if not (isinstance(value, tuple) and isinstance(value[0], str) and self._trainer):
+            return [value, value]
+        self.asked.append(self._trainer[0].steps)
+        pace = self._paces[len(self.asked) - 1]
+        return [(value[0], 100), ("interrupted" if pace == 0 else "", max(1, pace))]
+
+
+def test_when_ranks_ask_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as the slower one thinks right, with each line of metrics, and all pause after the same step."""
+    monkeypatch.setattr(NumpyBackend, "read_every", 100)
+    trainers: list[Trainer] = []
+    ranks = Two(trainers, [3, 10, 40, 1, 0])
+    train = {"steps": 100, "batch_size": 8, "shards": 2, "log_every": 20}
+    tables = {"name": "two", "data": {"kind": "friedman1", "rows": 100}, "network": {"hidden": [3]}, "train": train}
+    config = parse_config({**tables, "optimizer": {"kind": "sgd", "learning_rate": 0.01}})
+    trainer = Trainer(config, NumpyBackend(), ranks=ranks)
+    trainers.append(trainer)
+    assert len(list(trainer.run())) == 21
+    assert ranks.asked == [1, 4, 14, 20, 21]
+    assert (trainer.stopped, trainer.paused) == ("interrupted", True)
 
 
 # what it costs --------------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ them all; the stream is joined to whichever asks, by events.
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -58,14 +60,14 @@ class ByNccl:
 
     def __init__(self, ranks: Ranks) -> None:
         ranks.wait_on_devices()
-        number = ranks.broadcast(nccl().get_unique_id())
-        try:
+        with _in_one_line():
+            own = nccl().get_unique_id() if ranks.rank == 0 else b""
+        number = ranks.broadcast(own)
+        with _in_one_line():
             self._communicator = nccl().NcclCommunicator(ranks.size, number, ranks.rank)
-        except RuntimeError as error:
-            raise UserError(
-                f"NCCL cannot connect the GPUs: {first_line(error)}; NCCL_DEBUG=INFO says more, and GPU_BP_NCCL=0 does "
-                "without, through the host's memory"
-            ) from None
+        # It is never destroyed: NCCL would wait for the end of every graph that has its messages, which may come later
+        # when Python clears up, or never; the end of the process does as well.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._communicator))
         self._rank, self._size = ranks.rank, ranks.size
         self._types = {"float32": nccl().NCCL_FLOAT32, "float64": nccl().NCCL_FLOAT64}
         self._stream = cupy.cuda.Stream(non_blocking=True)
@@ -107,9 +109,23 @@ class ByNccl:
     def _swap(self, given: Array, got: Array, partner: int) -> None:
         communicator, kind, stream = self._communicator, self._types[given.dtype.name], self._stream.ptr
         nccl().groupStart()
-        communicator.send(given.data.ptr, given.size, kind, partner, stream)
-        communicator.recv(got.data.ptr, got.size, kind, partner, stream)
-        nccl().groupEnd()
+        try:
+            communicator.send(given.data.ptr, given.size, kind, partner, stream)
+            communicator.recv(got.data.ptr, got.size, kind, partner, stream)
+        finally:
+            nccl().groupEnd()
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """What NCCL says of why it cannot connect the devices."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"NCCL cannot connect the GPUs: {first_line(error)}; NCCL_DEBUG=INFO says more, and GPU_BP_NCCL=0 does "
+            "without, through the host's memory"
+        ) from None
 
 
 def _dotted(version: int) -> str:

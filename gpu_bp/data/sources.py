@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from gpu_bp.data.source import READ_NUMBERS, Batch, Reader, Rows, Source, block_
 from gpu_bp.data.synthetic import Set
 from gpu_bp.errors import UserError
 from gpu_bp.formula import Columns, Place, Program, runs
+from gpu_bp.ranks import Alone, Ranks
 from gpu_bp.spec import Array, Loss
 
 # Of a preparation, and as tables of a program.
@@ -261,9 +263,9 @@ def place(backend: Backend, sources: Mapping[str, Source], residency: str, dtype
 
 
 def settle(
-    backend: Backend, sources: Mapping[str, Source], residency: str, dtype: Any
+    backend: Backend, sources: Mapping[str, Source], residency: str, dtype: Any, ranks: Ranks | None = None
 ) -> tuple[dict[str, Source], str]:
-    """The sources, put on the device where `place` says so; and its line.
+    """The sources, put on the device where `place` says so; and its line. On all of several ranks, or on none.
 
     Raises:
         UserError: they are to be put on the device and do not fit.
@@ -271,13 +273,15 @@ def settle(
     on_device, line = place(backend, sources, residency, dtype)
     if not on_device:
         return dict(sources), line
-    try:
-        return {name: ResidentSource(backend, s, dtype) for name, s in sources.items()}, line
-    except MemoryError:  # CuPy's error is one too
-        if residency == "auto":
-            return settle(backend, sources, "host", dtype)
-        size = _size(sources, dtype)
-        raise UserError(f"data.residency: {size} do not fit on the device; use residency = 'host'") from None
+    resident: dict[str, Source] = {}
+    with suppress(MemoryError):  # CuPy's error is one too
+        resident = {name: ResidentSource(backend, s, dtype) for name, s in sources.items()}
+    if all((ranks or Alone()).all_gather(bool(resident))):
+        return resident, line
+    if residency == "auto":
+        return settle(backend, sources, "host", dtype)
+    size = _size(sources, dtype)
+    raise UserError(f"data.residency: {size} do not fit on the device; use residency = 'host'")
 
 
 def _bytes(sources: Mapping[str, Source], dtype: Any) -> int:

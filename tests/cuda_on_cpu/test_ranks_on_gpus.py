@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -232,6 +234,15 @@ def test_nccl_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     for exchange in Job(2).run(lambda backend, ranks: backend.exchange(ranks)):
         assert isinstance(exchange, ThroughHost)
         assert exchange.by == "through the host's memory, since GPU_BP_NCCL=0 on rank 0"
+
+
+def test_a_communicator_is_never_destroyed() -> None:
+    """NCCL would wait for the graphs that have its messages, of which nobody knows when they go."""
+    job = Job(2)
+    (communicator, _) = job.run(lambda backend, ranks: weakref.ref(backend.exchange(ranks)._communicator))
+    del job
+    gc.collect()
+    assert communicator() is not None
 
 
 def test_nccl_does_not_connect(monkeypatch: pytest.MonkeyPatch) -> None:
