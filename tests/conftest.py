@@ -9,6 +9,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from on_mpi import PREFIXES, Mpi
 
 import gpu_bp
 from benchmarks.curves import find_bikes
@@ -110,3 +111,14 @@ def bike_sharing() -> Path:
     if path is None:
         pytest.skip("UCI Bike Sharing is not here: see the README for where to get it, or set GPU_BP_DATA")
     return path
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.mpi) for name in PREFIXES])
+def mpi(request: pytest.FixtureRequest) -> Mpi:
+    """Each MPI that is installed."""
+    return Mpi(request.param)
+
+
+@pytest.fixture(params=[pytest.param("mpich", marks=pytest.mark.mpi)])
+def mpich(request: pytest.FixtureRequest) -> Mpi:
+    return Mpi(request.param)

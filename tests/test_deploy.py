@@ -23,7 +23,7 @@ import jsonschema
 import pytest
 import yaml
 from conftest import ROOT
-from on_mpi import PREFIXES, Done, Mpi, ended, errors
+from on_mpi import Done, Mpi, ended, errors
 from trainings import outcome
 
 DEPLOY = ROOT / "deploy"
@@ -33,16 +33,6 @@ CHANGES = ["train.epochs=5", "train.batch_size=100", "train.shards=8", "checkpoi
 TRAIN = ["train", CONFIG, *CHANGES, "--backend", "numpy"]
 HURT = ROOT / "tests/hurt.py"
 KILLED = {"mpich": 9, "open-mpi": 137}
-
-
-@pytest.fixture(params=PREFIXES)
-def mpi(request: pytest.FixtureRequest) -> Mpi:
-    return Mpi(request.param)
-
-
-@pytest.fixture
-def mpich() -> Mpi:
-    return Mpi("mpich")
 
 
 @pytest.fixture(scope="module")

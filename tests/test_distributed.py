@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from on_mpi import PREFIXES, Done, Mpi, errors
+from on_mpi import Done, Mpi, errors
 from train_on_ranks import config_of
 from trainings import GRID, TRAININGS, last_checkpoint, outcome, train, write_data
 
@@ -17,16 +17,6 @@ from gpu_bp import NumpyBackend
 pytestmark = pytest.mark.mpi
 WHOLE = [name for name in TRAININGS if "shards" not in TRAININGS[name].get("train", {})]  # that go on to their end
 NAMES = [*WHOLE, "rewinds", *GRID]
-
-
-@pytest.fixture(params=PREFIXES)
-def mpi(request: pytest.FixtureRequest) -> Mpi:
-    return Mpi(request.param)
-
-
-@pytest.fixture
-def mpich() -> Mpi:
-    return Mpi("mpich")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from on_mpi import PREFIXES, Done, Mpi, ended, errors
+from on_mpi import Done, Mpi, ended, errors
 from trainings import COMMON, ON_HOST
 
 import gpu_bp
@@ -75,16 +75,6 @@ found = runs.environment
 runs.environment = lambda backend: {**found(backend), WHAT: "2." + os.environ["PMI_RANK"]}
 none = lambda y_true, y_pred: 0.0
 """
-
-
-@pytest.fixture
-def mpich() -> Mpi:
-    return Mpi("mpich")
-
-
-@pytest.fixture(params=PREFIXES)
-def mpi(request: pytest.FixtureRequest) -> Mpi:
-    return Mpi(request.param)
 
 
 @pytest.fixture

@@ -11,24 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from on_mpi import PREFIXES, Mpi, errors, on_ranks
+from on_mpi import Mpi, errors, on_ranks
 
 from benchmarks import distributed, ranks
 from benchmarks.peers.cells import Cell
 from gpu_bp import NumpyBackend, Trainer, UserError, parse_config
 from gpu_bp.ranks import Alone, join, launched
 from gpu_bp.tree_sum import halving
-
-
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.mpi) for name in PREFIXES])
-def mpi(request: pytest.FixtureRequest) -> Mpi:
-    return Mpi(request.param)
-
-
-@pytest.fixture(params=[pytest.param("mpich", marks=pytest.mark.mpi)])
-def mpich(request: pytest.FixtureRequest) -> Mpi:
-    return Mpi(request.param)
-
 
 # what the ranks tell each other ---------------------------------------------------------------------------------
 
