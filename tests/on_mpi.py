@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,7 +43,14 @@ def ended(words: Sequence[object], **environment: str) -> Done:
         errors="replace",
         timeout=120,
         check=False,
+        preexec_fn=heeding,
     )
+
+
+def heeding() -> None:
+    """Signals are not ignored, as by what nohup or a shell's & has started: no shell could trap them then."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, bike_sharing
 from cuda_on_cpu.backend import cupy_on_cpu
 
-from benchmarks import curves, epilogues, gpu_check, graphs
+from benchmarks import curves, epilogues, gpu_check, graphs, ranks
 from gpu_bp.backends import Backend, NumpyBackend
 
 NO_RESULT = "No result from a real device exists yet."
@@ -24,6 +24,7 @@ NO_RESULT = "No result from a real device exists yet."
 def run(backend: Backend, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, list[dict[str, Any]]]:
     """Its exit status, its page, and the curves of its report, for the first steps of the configs on this backend."""
     monkeypatch.setattr(gpu_check, "select", lambda name: (backend, "as asked"))
+    monkeypatch.setattr(ranks, "find_spec", lambda name: None)  # no ranks: they would have no stand-in for a device
     status = gpu_check.main(["--only-curves", "--curve-steps", "5", "--out", str(folder)])
     report = json.loads((folder / "report.json").read_text())
     assert report["versions"]["device"]
